@@ -1,0 +1,180 @@
+"""Attention on a compressed cache: softmax over sinks, packed and recent tokens.
+
+Candidates are tried in order; the last accepts every well-formed call and is the oracle of the others:
+
+* `attend_dense`: nothing is packed, or the codecs are exact: MLX's fused attention on the stored tokens.
+* `attend_packed`: a step of few tokens. Codes are scored in the transform domain: the query is rotated once, keys
+  never are; values are summed in the transform domain and the sum is rotated back once.
+* `attend_decoded`: a prefill chunk, or the reference: the past of this one layer is decoded and joined with the dense
+  tokens for MLX's fused attention; no `(Hq, L, S)` score matrix of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from .errors import AttentionError
+
+if TYPE_CHECKING:
+    from .cache import KVQCache
+
+Mask = mx.array | str | None
+
+PACKED_QUERIES = 16  # more new tokens than this and decoding the past once is cheaper than scoring it packed
+
+
+@dataclass(frozen=True)
+class AttendArgs:
+    """Everything an attention function may look at.
+
+    Attributes:
+        queries: `(B, Hq, L, Dk)` post-RoPE, for the newest L stored tokens.
+        cache: holds T tokens, the newest L included.
+        scale: factor of the scores.
+        mask: `None`, `"causal"` (lower-right aligned), bool `(T,)`, `(L, T)`, `(B, 1 or Hq, L, T)`, or additive.
+        sinks: attention-sink logits `(Hq,)` that join the softmax and carry no value, or `None`.
+        key_dtype, value_dtype: what the model sees the tokens as.
+    """
+
+    queries: mx.array
+    cache: KVQCache
+    scale: float
+    mask: Mask
+    sinks: mx.array | None
+    key_dtype: mx.Dtype
+    value_dtype: mx.Dtype
+
+    def report(self) -> str:
+        """One line with every shape, for errors."""
+        mask = self.mask if not isinstance(self.mask, mx.array) else f"{self.mask.dtype}{self.mask.shape}"
+        return (
+            f"queries {self.queries.dtype}{self.queries.shape}, cache {type(self.cache).__name__} "
+            f"{self.cache.spec.label} with {self.cache.held} tokens ({self.cache.packed_tokens} packed), "
+            f"mask {mask}, sinks {None if self.sinks is None else self.sinks.shape}"
+        )
+
+
+def attend(args: AttendArgs) -> mx.array:
+    """Attention output `(B, Hq, L, Dv)` in the queries' dtype; then lets the cache pack what overflows."""
+    args.cache.observe_queries(args.queries)
+    for accepts, function in _CANDIDATES:
+        if accepts(args):
+            output = function(args)
+            args.cache.compact()
+            return output
+    raise AttentionError(f"attention needs queries in 4 dimensions that fit the cache, got {args.report()}")
+
+
+def attend_dense(args: AttendArgs) -> mx.array:
+    """MLX's fused attention on exactly stored tokens: the same call that mlx-lm makes."""
+    keys, values = args.cache.attention_tokens()
+    return mx.fast.scaled_dot_product_attention(
+        args.queries,
+        keys.astype(args.key_dtype),
+        values.astype(args.value_dtype),
+        scale=args.scale,
+        mask=args.mask,
+        sinks=args.sinks,
+    )
+
+
+def attend_decoded(args: AttendArgs) -> mx.array:
+    """MLX's fused attention on decoded tokens: the reference. Allocates this layer's dense K and V."""
+    keys, values = args.cache.decode_all()
+    return mx.fast.scaled_dot_product_attention(
+        args.queries,
+        keys.astype(args.queries.dtype),
+        values.astype(args.queries.dtype),
+        scale=args.scale,
+        mask=args.mask,
+        sinks=args.sinks,
+    )
+
+
+def attend_packed(args: AttendArgs) -> mx.array:
+    """Scores and sums on the packed planes; reads the codes, allocates one layer's unpacked slots for K, then V."""
+    cache, queries = args.cache, args.queries
+    B, Hq, L, Dk = queries.shape
+    dense_keys, dense_values = cache.dense_tokens()
+    key_planes, value_planes = cache.packed_planes()
+    Hkv, Dv = dense_keys.shape[1], dense_values.shape[-1]
+    dtype = mx.float32 if mx.default_device() == mx.cpu else queries.dtype
+    q = (queries.astype(mx.float32) * args.scale).reshape(B, Hkv, Hq // Hkv * L, Dk)
+
+    packed_queries = q if cache.frame is None else cache.frame.scale_queries(q)
+    packed_queries = cache.key_codec.transform_queries(packed_queries, cache.key_statistics).astype(dtype)
+    packed = cache.key_codec.scores(packed_queries, key_planes, cache.key_statistics).astype(mx.float32)
+    if cache.frame is not None:
+        packed = packed + cache.frame.mean_scores(q, cache.packed_position, cache.packed_tokens)
+    dense = (q.astype(dtype) @ dense_keys.astype(dtype).swapaxes(-1, -2)).astype(mx.float32)
+
+    scores = mx.concatenate([dense, packed], axis=-1)
+    scores = _masked(scores, args.mask, cache, Hq, L)
+    weights = _softmax(scores, args.sinks, Hkv, L).astype(dtype)
+
+    count = dense.shape[-1]
+    output = cache.value_codec.weighted_sum(weights[..., count:], value_planes, Dv, cache.value_statistics)
+    output = cache.value_codec.untransform_output(output, cache.value_statistics)
+    output = output + weights[..., :count] @ dense_values.astype(dtype)
+    return output.reshape(B, Hq, L, Dv).astype(queries.dtype)
+
+
+def _masked(scores: mx.array, mask: Mask, cache: KVQCache, Hq: int, L: int) -> mx.array:
+    """Apply a mask over tokens in order to scores `(B, Hkv, rep * L, T)` ordered dense first, packed last."""
+    total = scores.shape[-1]
+    if isinstance(mask, str):
+        if mask != "causal":
+            raise AttentionError(f'a mask given by name must be "causal", got {mask!r}; pass an array')
+        if L == 1:
+            return scores
+        mask = mx.arange(total - L, total)[:, None] >= mx.arange(total)
+    if mask is None:
+        return scores
+    sinks, packed = cache.sink_tokens, cache.packed_tokens
+    parts = [mask[..., :sinks], mask[..., sinks + packed :], mask[..., sinks : sinks + packed]]
+    mask = mx.concatenate(parts, axis=-1)
+    while mask.ndim < 4:
+        mask = mask[None]
+    B, Hkv = scores.shape[:2]
+    grouped = scores.reshape(B, Hkv, Hq // Hkv, L, total)
+    mask = mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(mask.shape[0], Hkv, Hq // Hkv, *mask.shape[2:])
+    if mask.dtype == mx.bool_:
+        grouped = mx.where(mask, grouped, mx.finfo(mx.float32).min)
+    else:
+        grouped = grouped + mask.astype(mx.float32)
+    return grouped.reshape(scores.shape)
+
+
+def _softmax(scores: mx.array, sinks: mx.array | None, Hkv: int, L: int) -> mx.array:
+    """Softmax over the last axis of `(B, Hkv, rep * L, T)`, with sink logits `(Hq,)` in the denominator."""
+    if sinks is None:
+        return mx.softmax(scores, axis=-1, precise=True)
+    logits = mx.repeat(sinks.astype(mx.float32).reshape(Hkv, -1), L, axis=-1)  # row r * L + l of a group is head r
+    logits = mx.broadcast_to(logits[None, :, :, None], (*scores.shape[:-1], 1))
+    return mx.softmax(mx.concatenate([logits, scores], axis=-1), axis=-1, precise=True)[..., 1:]
+
+
+def _fits(args: AttendArgs) -> bool:
+    if args.queries.ndim != 4 or args.cache.dense_keys is None:
+        return False
+    B, Hkv, _, Dk = args.cache.dense_keys.shape
+    return args.queries.shape[0] == B and args.queries.shape[1] % Hkv == 0 and args.queries.shape[3] == Dk
+
+
+def _accepts_dense(args: AttendArgs) -> bool:
+    return _fits(args) and (args.cache.packed_tokens == 0 or args.cache.exact)
+
+
+def _accepts_packed(args: AttendArgs) -> bool:
+    return _fits(args) and args.queries.shape[2] <= PACKED_QUERIES
+
+
+_CANDIDATES: tuple[tuple[Callable[[AttendArgs], bool], Callable[[AttendArgs], mx.array]], ...] = (
+    (_accepts_dense, attend_dense),
+    (_accepts_packed, attend_packed),
+    (_fits, attend_decoded),
+)

@@ -1,0 +1,435 @@
+"""KVQCache: one layer's tokens, a few of them dense, the rest packed.
+
+Token order is `sinks | packed | recent`. The first `sinks` tokens and the last `recent` (up to `BLOCK` more between
+two encodings) live in one dense buffer of the model's dtype; everything between is stored as the codecs' planes. A
+token is encoded once, never again. `update_and_fetch` returns a `KVHandle` instead of arrays; the routed attention
+(attention.py) computes on it and then lets the cache pack what overflows.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import _BaseCache, create_attention_mask
+
+from .codecs import Codec, get_codec
+from .config import LayerSpec
+from .errors import CacheStateError
+from .frame import MIN_TOKENS, SKIP_TOKENS, KeyFrame, fit_frame, query_energy
+from .handle import KVHandle
+from .rotary import Rotary, no_rotation
+from .routing import route_module
+
+BLOCK = 16  # tokens between two encodings during decoding, and the least the planes grow by
+STEP_TOKENS = 16  # a call with at most this many new tokens is a decode (or verification) step, not prefill
+STATE_VERSION = 1
+
+Planes = dict[str, mx.array]
+
+
+def _pad_tokens(x: mx.array, count: int) -> mx.array:
+    """`count` zero tokens appended on axis 2."""
+    if count <= 0:
+        return x
+    return mx.concatenate([x, mx.zeros((*x.shape[:2], count, x.shape[3]), x.dtype)], axis=2)
+
+
+def owned(x: mx.array) -> mx.array:
+    """A copy, so that a slice or a split does not keep a larger buffer alive."""
+    return mx.concatenate([x[..., :1, :], x[..., 1:, :]], axis=2) if x.shape[2] > 1 else mx.contiguous(x)
+
+
+def plane_capacity(tokens: int) -> int:
+    """Tokens allocated for `tokens` packed ones when planes grow while decoding: at most 1/256 more, plus `BLOCK`."""
+    step = max(BLOCK, tokens // 256 // BLOCK * BLOCK)
+    return (tokens + step - 1) // step * step
+
+
+class KVQCache(_BaseCache):
+    """The compressed cache of one full-attention layer; mlx-lm's single-sequence cache protocol, B >= 1."""
+
+    def __init__(self, spec: LayerSpec, rotary: Rotary | None = None, route: str = ""):
+        """
+        Args:
+            spec: codecs, frame, sinks, recent.
+            rotary: the layer's rotation (rotary.py); `None` removes a plain mean in the key frame.
+            route: name of the module whose attention is routed, so that a saved cache works after loading.
+        """
+        self.spec = spec
+        self.rotary = rotary if rotary is not None else no_rotation()
+        self.route = route
+        self._clear()
+
+    def _clear(self) -> None:
+        self.offset = 0  # tokens seen, the next token's position
+        self._packed = 0  # tokens in the planes
+        self._packed_start = 0  # first live token row of the planes (sliding windows only)
+        self._dense = 0  # tokens in the dense buffers
+        self.dense_keys: mx.array | None = None
+        self.dense_values: mx.array | None = None
+        self.key_planes: Planes = {}
+        self.value_planes: Planes = {}
+        self.key_statistics: Planes = {}
+        self.value_statistics: Planes = {}
+        self.frame: KeyFrame | None = None
+        self._frozen = False  # whether frame and codec statistics are fitted
+        self._query_energy: mx.array | None = None
+        self._step = True  # whether the newest tokens came in a step, not in a prefill chunk
+
+    # ---- facts -------------------------------------------------------------------------------------------------
+
+    @property
+    def key_codec(self) -> Codec:
+        """The codec of keys."""
+        return get_codec(self.spec.key, self.spec.seed)
+
+    @property
+    def value_codec(self) -> Codec:
+        """The codec of values."""
+        return get_codec(self.spec.value, self.spec.seed)
+
+    @property
+    def exact(self) -> bool:
+        """Whether decoding gives back the input bit for bit."""
+        return self.key_codec.exact and self.value_codec.exact
+
+    @property
+    def uses_frame(self) -> bool:
+        """Whether keys are encoded in the rotary frame."""
+        return self.spec.frame and not self.key_codec.exact
+
+    @property
+    def held(self) -> int:
+        """Tokens stored."""
+        return self._packed + self._dense
+
+    @property
+    def packed_tokens(self) -> int:
+        """Tokens stored as codes."""
+        return self._packed
+
+    @property
+    def sink_tokens(self) -> int:
+        """Dense tokens that precede the packed ones; without packed tokens all dense ones are in order."""
+        return min(self.spec.sinks, self._dense)
+
+    @property
+    def packed_position(self) -> int:
+        """Position of the first packed token."""
+        return self.offset - self.held + self.sink_tokens
+
+    def _arrays(self) -> list[mx.array]:
+        found = [self.dense_keys, self.dense_values, self._query_energy]
+        for planes in (self.key_planes, self.value_planes, self.key_statistics, self.value_statistics):
+            found += planes.values()
+        if self.frame is not None:
+            found += [self.frame.mean, self.frame.scale]
+        return [array for array in found if array is not None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated: dense tokens, planes with their slack, statistics."""
+        return sum(array.nbytes for array in self._arrays())
+
+    def dense_nbytes(self, itemsize: int = 2) -> int:
+        """Bytes that the stored tokens would take dense, K and V, at `itemsize` bytes an element (2: fp16)."""
+        if self.dense_keys is None or self.dense_values is None:
+            return 0
+        B, H, _, Dk = self.dense_keys.shape
+        return B * H * self.held * (Dk + self.dense_values.shape[-1]) * itemsize
+
+    def size(self) -> int:
+        """Tokens stored."""
+        return self.held
+
+    def empty(self) -> bool:
+        """Whether nothing was ever stored."""
+        return self.dense_keys is None
+
+    def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False) -> Any:
+        """The mask for N new tokens after the stored ones, in mlx-lm's forms."""
+        return create_attention_mask(N, self.offset, return_array, window_size)
+
+    # ---- new tokens --------------------------------------------------------------------------------------------
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Append post-RoPE keys `(B, Hkv, L, Dk)` and values `(B, Hkv, L, Dv)`; returns their handles."""
+        self.compact()  # what an attention that never ran left behind
+        L = keys.shape[2]
+        self._append_dense(keys, values)
+        self.offset += L
+        self._step = L <= STEP_TOKENS
+        return self._handles(keys.dtype, values.dtype)
+
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """Handles of everything stored."""
+        if self.dense_keys is None or self.dense_values is None:
+            raise CacheStateError("a cache must hold tokens before they are read, got an empty one; run the model")
+        return self._handles(self.dense_keys.dtype, self.dense_values.dtype)
+
+    def _handles(self, key_dtype: mx.Dtype, value_dtype: mx.Dtype) -> tuple[KVHandle, KVHandle]:
+        assert self.dense_keys is not None and self.dense_values is not None
+        B, H, _, Dk = self.dense_keys.shape
+        Dv = self.dense_values.shape[-1]
+        return (
+            KVHandle(self, (B, H, self.held, Dk), key_dtype),
+            KVHandle(self, (B, H, self.held, Dv), value_dtype),
+        )
+
+    def _append_dense(self, keys: mx.array, values: mx.array) -> None:
+        start, stop = self._dense, self._dense + keys.shape[2]
+        if self.dense_keys is None or self.dense_values is None:
+            room = BLOCK if keys.shape[2] <= STEP_TOKENS else 0
+            self.dense_keys = _pad_tokens(owned(keys), room - keys.shape[2])
+            self.dense_values = _pad_tokens(owned(values), room - values.shape[2])
+        elif stop > self.dense_keys.shape[2]:
+            room = BLOCK if keys.shape[2] <= STEP_TOKENS else 0
+            self.dense_keys = self._grown(self.dense_keys, keys, room)
+            self.dense_values = self._grown(self.dense_values, values, room)
+        else:
+            self.dense_keys[..., start:stop, :] = keys
+            self.dense_values[..., start:stop, :] = values
+        self._dense = stop
+
+    def _grown(self, dense: mx.array, new: mx.array, room: int) -> mx.array:
+        joined = mx.concatenate([dense[..., : self._dense, :], new], axis=2)
+        return _pad_tokens(joined, room - new.shape[2])
+
+    def observe_queries(self, queries: mx.array) -> None:
+        """Add the queries `(B, Hq, L, Dk)` of the newest tokens to the statistics, until the frame is frozen."""
+        if not self._frozen and self.uses_frame and self.dense_keys is not None:
+            energy = query_energy(queries, self.dense_keys.shape[1])
+            self._query_energy = energy if self._query_energy is None else self._query_energy + energy
+
+    # ---- packing -----------------------------------------------------------------------------------------------
+
+    def compact(self) -> None:
+        """Pack the dense tokens beyond `recent` if there are enough of them; a token is packed once."""
+        overflow = self._dense - self.sink_tokens - self.spec.recent
+        if self.dense_keys is None or overflow < BLOCK:
+            return
+        if self.spec.compress_after == "prefill" and not self._step:
+            return
+        self._frozen = self._frozen or self._freeze()
+        if self._frozen:
+            self._pack(overflow)
+
+    def _freeze(self) -> bool:
+        """Fit frame and codec statistics from the dense tokens; False while there are too few for the frame."""
+        assert self.dense_keys is not None and self.dense_values is not None
+        keys, values = (x[..., : self._dense, :] for x in (self.dense_keys, self.dense_values))
+        first = self.offset - self._dense
+        skip = max(0, SKIP_TOKENS - first)
+        if self.uses_frame:
+            if self._dense - skip < MIN_TOKENS:
+                return False
+            self.frame = fit_frame(self.rotary, keys[..., skip:, :], first + skip, self._query_energy)
+            self._query_energy = None
+            body = self.frame.encode(keys[..., skip:, :], first + skip)
+        else:
+            body = keys[..., skip:, :]
+        self.key_statistics = self.key_codec.fit(body)
+        self.value_statistics = self.value_codec.fit(values[..., skip:, :])
+        return True
+
+    def _pack(self, count: int) -> None:
+        """Encode the `count` dense tokens after the sinks and drop them from the dense buffers."""
+        assert self.dense_keys is not None and self.dense_values is not None
+        sinks, stop = self.sink_tokens, self.sink_tokens + count
+        position = self.packed_position + self._packed
+        keys, values = (x[..., sinks:stop, :] for x in (self.dense_keys, self.dense_values))
+        if self.frame is not None:
+            keys = self.frame.encode(keys, position)
+        new_keys = self.key_codec.encode(keys, self.key_statistics)
+        new_values = self.value_codec.encode(values, self.value_statistics)
+        self._append_planes(new_keys, new_values, count)
+        self.dense_keys, self.dense_values = (
+            _pad_tokens(
+                mx.concatenate([x[..., :sinks, :], x[..., stop : self._dense, :]], axis=2),
+                self.spec.sinks + self.spec.recent + BLOCK - (self._dense - count),
+            )
+            for x in (self.dense_keys, self.dense_values)
+        )
+        self._dense -= count
+
+    def _append_planes(self, new_keys: Planes, new_values: Planes, count: int) -> None:
+        """Add `count` rows after the live ones: in place where they fit, else in one copy of the planes."""
+        start, stop = self._packed_start, self._packed_start + self._packed
+        live = self.key_planes if self._packed else {}
+        fits = bool(live) and stop + count <= next(iter(live.values())).shape[2]
+        room = plane_capacity(self._packed + count) - self._packed - count if self._step else 0
+
+        def appended(planes: Planes, new: Planes) -> Planes:
+            if not live:
+                return {name: owned(rows) for name, rows in new.items()}
+            if not fits:
+                return {
+                    name: _pad_tokens(mx.concatenate([rows[..., start:stop, :], new[name]], axis=2), room)
+                    for name, rows in planes.items()
+                }
+            for name, rows in new.items():
+                planes[name][..., stop : stop + count, :] = rows
+            return planes
+
+        self.key_planes = appended(self.key_planes, new_keys)
+        self.value_planes = appended(self.value_planes, new_values)
+        self._packed += count
+        if not fits:
+            self._packed_start = 0
+
+    # ---- stored tokens, for attention --------------------------------------------------------------------------
+
+    def packed_planes(self) -> tuple[Planes, Planes]:
+        """Key and value planes of the packed tokens, without slack; views."""
+        start, stop = self._packed_start, self._packed_start + self._packed
+
+        def live(planes: Planes) -> Planes:
+            if not planes or (start == 0 and next(iter(planes.values())).shape[2] == stop):
+                return planes
+            return {name: mx.contiguous(rows[..., start:stop, :]) for name, rows in planes.items()}
+
+        return live(self.key_planes), live(self.value_planes)
+
+    def dense_tokens(self) -> tuple[mx.array, mx.array]:
+        """Dense keys and values `(B, Hkv, dense, D)`: sinks, then recent tokens; views."""
+        assert self.dense_keys is not None and self.dense_values is not None
+        if self.dense_keys.shape[2] == self._dense:
+            return self.dense_keys, self.dense_values
+        return self.dense_keys[..., : self._dense, :], self.dense_values[..., : self._dense, :]
+
+    def decode_all(self) -> tuple[mx.array, mx.array]:
+        """All stored keys and values `(B, Hkv, held, D)` in order, dense, in the model's dtype: one layer's worth."""
+        keys, values = self.dense_tokens()
+        if self._packed == 0:
+            return keys, values
+        key_planes, value_planes = self.packed_planes()
+        exact = self.key_codec.exact
+        past_keys = self.key_codec.decode(
+            key_planes, keys.shape[-1], keys.dtype if exact else mx.float32, self.key_statistics
+        )
+        if self.frame is not None:
+            past_keys = self.frame.decode(past_keys, self.packed_position)
+        past_values = self.value_codec.decode(value_planes, values.shape[-1], values.dtype, self.value_statistics)
+        sinks = self.sink_tokens
+
+        def joined(dense: mx.array, past: mx.array) -> mx.array:
+            parts = [dense[..., :sinks, :], past.astype(dense.dtype), dense[..., sinks:, :]]
+            return mx.concatenate(parts[1:] if sinks == 0 else parts, axis=2)
+
+        return joined(keys, past_keys), joined(values, past_values)
+
+    def attention_tokens(self) -> tuple[mx.array, mx.array]:
+        """`decode_all`, in the order in which mlx-lm's own cache would return the tokens."""
+        return self.decode_all()
+
+    # ---- trimming ----------------------------------------------------------------------------------------------
+
+    def is_trimmable(self) -> bool:
+        """Always: trimming is token-exact at any length."""
+        return True
+
+    def trim(self, n: int) -> int:
+        """Drop the last `n` tokens (all of them if there are fewer); returns how many were dropped."""
+        n = min(n, self.offset)
+        if n <= 0:
+            return 0
+        self.compact()
+        recent = self._dense - self.sink_tokens if self._packed else self._dense
+        from_packed = min(max(0, n - recent), self._packed)
+        from_sinks = max(0, n - recent - from_packed)
+        self._dense -= min(n, recent) + from_sinks
+        self._packed -= from_packed
+        self.offset -= n
+        if self._packed == 0:
+            self._forget_packed()
+        elif from_packed:
+            self._fit_planes()
+        return n
+
+    def _forget_packed(self) -> None:
+        """Without packed tokens nothing depends on the statistics: the next ones are fitted afresh."""
+        self.key_planes, self.value_planes = {}, {}
+        self.key_statistics, self.value_statistics = {}, {}
+        self.frame, self._frozen, self._packed_start = None, False, 0
+        if self._dense == 0:
+            self._query_energy = None
+
+    def _fit_planes(self) -> None:
+        """Give back the rows of trimmed tokens when they are more than growth would allocate."""
+        rows = next(iter(self.key_planes.values())).shape[2]
+        if rows > plane_capacity(self._packed):
+            live_keys, live_values = self.packed_planes()
+            self.key_planes, self.value_planes, self._packed_start = dict(live_keys), dict(live_values), 0
+
+    # ---- state -------------------------------------------------------------------------------------------------
+
+    def _meta(self) -> dict[str, Any]:
+        meta: dict[str, Any] = {
+            "version": STATE_VERSION,
+            "spec": self.spec.to_dict(),
+            "codecs": [self.key_codec.to_json(), self.value_codec.to_json()],
+            "rotary": self.rotary.to_dict(),
+            "route": self.route,
+            "offset": self.offset,
+            "packed": self._packed,
+            "dense": self._dense,
+            "step": self._step,
+            "frozen": self._frozen,
+        }
+        if self.dense_keys is not None:
+            meta["dense_capacity"] = self.dense_keys.shape[2]
+        if self.key_planes:
+            meta["plane_capacity"] = next(iter(self.key_planes.values())).shape[2] - self._packed_start
+        return meta
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on, self-describing: arrays without slack and one JSON string."""
+        state: dict[str, Any] = {"meta": json.dumps(self._meta(), sort_keys=True)}
+        if self.dense_keys is not None:
+            keys, values = self.dense_tokens()
+            state["dense"] = {"keys": keys, "values": values}
+        if self._packed:
+            state["key_planes"], state["value_planes"] = self.packed_planes()
+        if self.frame is not None:
+            state["frame"] = {"mean": self.frame.mean, "scale": self.frame.scale}
+        for name in ("key_statistics", "value_statistics"):
+            if getattr(self, name):
+                state[name] = dict(getattr(self, name))
+        if self._query_energy is not None:
+            state["query_energy"] = self._query_energy
+        return state
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        meta = json.loads(state["meta"])
+        if meta["version"] > STATE_VERSION:
+            raise CacheStateError(
+                f"a cache state must have version {STATE_VERSION} or less, got {meta['version']}; "
+                "install a newer mlx-kvq-plugin"
+            )
+        for config in meta["codecs"]:
+            Codec.from_json(config)
+        KVQCache.__init__(self, LayerSpec(**meta["spec"]), Rotary.from_dict(meta["rotary"]), meta["route"])
+        self.offset, self._packed, self._dense = meta["offset"], meta["packed"], meta["dense"]
+        self._step, self._frozen = meta["step"], meta["frozen"]
+        if "dense" in state:
+            slack = meta["dense_capacity"] - self._dense
+            self.dense_keys = _pad_tokens(state["dense"]["keys"], slack)
+            self.dense_values = _pad_tokens(state["dense"]["values"], slack)
+        if self._packed:
+            slack = meta["plane_capacity"] - self._packed
+            self.key_planes = {name: _pad_tokens(rows, slack) for name, rows in state["key_planes"].items()}
+            self.value_planes = {name: _pad_tokens(rows, slack) for name, rows in state["value_planes"].items()}
+        if "frame" in state:
+            self.frame = KeyFrame(self.rotary, state["frame"]["mean"], state["frame"]["scale"])
+        self.key_statistics = dict(state.get("key_statistics", {}))
+        self.value_statistics = dict(state.get("value_statistics", {}))
+        self._query_energy = state.get("query_energy")
+        self._restore(meta)
+
+    def _restore(self, meta: dict[str, Any]) -> None:
+        if self.route:
+            route_module(self.route)

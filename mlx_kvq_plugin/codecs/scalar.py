@@ -1,0 +1,117 @@
+"""What the rotated scalar quantizers share: sorted Gaussian codes, their scale, and products on packed slots.
+
+A token is rotated, divided by its root mean square and quantized coordinate by coordinate with `odd_codebook`; one
+`scale` per token restores its size. Products with packed codes never build the dense rows: codes are unpacked into
+slots (see packing.py), each slot a dense run of channels, and the products of the slots are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import mlx.core as mx
+
+from ..codebooks import odd_codebook
+from ..packing import slot_codes, slot_sources, slot_width
+
+SCALE_DTYPE = "bfloat16"  # float32's range in two bytes; its rounding is below the distortion at every rate
+
+
+def _centred(codes: mx.array, bits: int, dtype: mx.Dtype) -> mx.array:
+    """Codes 0..2^b - 1 to t = (2 i + 1) / 2^b - 1."""
+    step = 2.0 / 2**bits
+    return codes.astype(dtype) * step + (0.5 * step - 1.0)
+
+
+def _levels(codes: mx.array, bits: int, dtype: mx.Dtype) -> mx.array:
+    """Codebook levels of `codes` by Horner's rule; elementwise, so it fuses under compile."""
+    t = _centred(codes, bits, dtype)
+    first, *rest = reversed(odd_codebook(bits).coefficients)
+    if not rest:
+        return t * first
+    square = t * t
+    total = square * first + rest[0]
+    for coefficient in rest[1:]:
+        total = total * square + coefficient
+    return total * t
+
+
+@lru_cache(maxsize=None)
+def _quantizer(bits: int) -> Callable[[mx.array], list[mx.array]]:
+    book = odd_codebook(bits)
+    half = 2 ** (bits - 1)
+
+    def quantize(z: mx.array) -> list[mx.array]:
+        magnitude = mx.abs(z)
+        index = mx.zeros_like(z)
+        for threshold in book.thresholds:
+            index = index + (magnitude > threshold)
+        codes = mx.where(z < 0, half - 1 - index, half + index).astype(mx.uint8)
+        return [codes, _levels(codes, bits, mx.float32)]
+
+    return mx.compile(quantize, shapeless=True)
+
+
+def quantize(y: mx.array, bits: int) -> tuple[mx.array, mx.array]:
+    """Quantize rotated tokens `(..., D)` float32.
+
+    Returns:
+        Sorted codes `(..., D)` uint8 and the scale `(..., 1)` of `SCALE_DTYPE`: the least-squares factor from
+        codebook levels to `y`, which corrects the norm for the reconstruction (0 for a zero token).
+    """
+    dim = y.shape[-1]
+    energy = mx.sum(y * y, axis=-1, keepdims=True)
+    z = y * (mx.rsqrt(mx.maximum(energy, 1e-37)) * dim**0.5)
+    codes, levels = _quantizer(bits)(z)
+    scale = mx.sum(y * levels, axis=-1, keepdims=True) / mx.sum(levels * levels, axis=-1, keepdims=True)
+    return codes, scale.astype(getattr(mx, SCALE_DTYPE))
+
+
+def dequantize(codes: mx.array, scale: mx.array, bits: int, dtype: mx.Dtype) -> mx.array:
+    """Rotated tokens `(..., D)` in `dtype` from unpacked codes and scales: the plain twin of the slot products."""
+    return (_levels(codes, bits, mx.float32) * scale.astype(mx.float32)).astype(dtype)
+
+
+@lru_cache(maxsize=None)
+def _slot_decoder(dim: int, stages: tuple[int, ...], dtype_name: str) -> Callable[..., list[mx.array]]:
+    """Compiled: byte runs of all stages (first stage = highest bits) to codebook levels of every slot."""
+    dtype = getattr(mx, dtype_name)
+    total = sum(stages)
+    counts = [dim * bits // 8 // slot_width(dim, bits) for bits in stages]
+
+    def decode(*sources: mx.array) -> list[mx.array]:
+        slots: list[mx.array] = []
+        start, shift = 0, total
+        for bits, count in zip(stages, counts, strict=True):
+            shift -= bits
+            part = slot_codes(list(sources[start : start + count]), dim, bits)
+            part = [code << shift for code in part] if shift else part
+            slots = [a | b for a, b in zip(slots, part, strict=True)] if slots else part
+            start += count
+        return [_levels(code, total, dtype) for code in slots]
+
+    return mx.compile(decode, shapeless=True)
+
+
+def slot_levels(packed: Sequence[mx.array], dim: int, stages: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """Codebook levels `(slots, B, Hkv, S, D / slots)` of packed stages `(B, Hkv, S, D * bits / 8)`."""
+    sources: list[mx.array] = []
+    for plane, bits in zip(packed, stages, strict=True):
+        sources += slot_sources(plane, dim, bits)
+    decoder = _slot_decoder(dim, stages, str(dtype).removeprefix("mlx.core."))
+    return mx.stack(decoder(*sources))
+
+
+def slot_scores(queries: mx.array, levels: mx.array) -> mx.array:
+    """`(B, Hkv, R, D)` queries times slot levels: `(B, Hkv, R, S)`, scales not applied."""
+    slots, width = levels.shape[0], levels.shape[-1]
+    split = queries.reshape(*queries.shape[:-1], slots, width)
+    split = mx.moveaxis(split, -2, 0)
+    return mx.sum(split @ levels.swapaxes(-1, -2), axis=0)
+
+
+def slot_sum(weights: mx.array, levels: mx.array) -> mx.array:
+    """`(B, Hkv, R, S)` weights (scales applied) times slot levels: `(B, Hkv, R, D)`."""
+    parts = mx.moveaxis(weights[None] @ levels, 0, -2)
+    return parts.reshape(*parts.shape[:-2], -1)

@@ -1,0 +1,78 @@
+"""`tq{1..6}`: TurboQuant-mse (arXiv 2504.19874, section 3.1), packed.
+
+Differences from the paper: the rotation is a seeded randomized Hadamard transform, not a dense orthogonal matrix;
+the codebook is Lloyd-Max for N(0, 1) (its odd-polynomial form, codebooks.py), not for the exact sphere marginal; and
+the stored number per token is not the norm but the least-squares scale of the reconstruction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import mlx.core as mx
+
+from ..packing import pack, packed_width, unpack
+from ..rotation import check_dim, rotate, unrotate
+from . import NO_STATISTICS, Codec, Plane, Planes, Statistics
+from .scalar import SCALE_DTYPE, dequantize, quantize, slot_levels, slot_scores, slot_sum
+
+
+@dataclass(frozen=True)
+class TurboQuant(Codec):
+    """`bits` bits a channel plus one 16-bit scale a token."""
+
+    family: ClassVar[str] = "tq"
+    suffixes: ClassVar[tuple[str, ...]] = ("1", "2", "3", "4", "5", "6")
+
+    bits: int = 4
+
+    @classmethod
+    def _build(cls, suffix: str, seed: int) -> Codec:
+        return cls(seed=seed, bits=int(suffix))
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}{self.bits}"
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Bits of each code plane, highest bits first."""
+        return (self.bits,)
+
+    def _packed(self, planes: Planes) -> list[mx.array]:
+        return [planes["codes"]]
+
+    def planes(self, dim: int, dtype: str) -> tuple[Plane, ...]:
+        check_dim(dim)
+        return Plane("codes", "uint8", packed_width(dim, self.bits)), Plane("scale", SCALE_DTYPE, 1)
+
+    def encode(self, x: mx.array, statistics: Statistics = NO_STATISTICS) -> dict[str, mx.array]:
+        codes, scale = quantize(rotate(x.astype(mx.float32), self.seed), sum(self.stages))
+        return {"codes": pack(codes, self.bits), "scale": scale}
+
+    def codes(self, planes: Planes, dim: int) -> mx.array:
+        """Unpacked sorted codes `(B, Hkv, S, D)` uint8."""
+        return unpack(planes["codes"], dim, self.bits)
+
+    def decode(
+        self, planes: Planes, dim: int, dtype: mx.Dtype = mx.float32, statistics: Statistics = NO_STATISTICS
+    ) -> mx.array:
+        y = dequantize(self.codes(planes, dim), planes["scale"], sum(self.stages), mx.float32)
+        return unrotate(y, self.seed).astype(dtype)
+
+    def transform_queries(self, queries: mx.array, statistics: Statistics = NO_STATISTICS) -> mx.array:
+        return rotate(queries, self.seed)
+
+    def scores(self, queries: mx.array, planes: Planes, statistics: Statistics = NO_STATISTICS) -> mx.array:
+        levels = slot_levels(self._packed(planes), queries.shape[-1], self.stages, queries.dtype)
+        return slot_scores(queries, levels) * planes["scale"].astype(queries.dtype).swapaxes(-1, -2)
+
+    def weighted_sum(
+        self, weights: mx.array, planes: Planes, dim: int, statistics: Statistics = NO_STATISTICS
+    ) -> mx.array:
+        levels = slot_levels(self._packed(planes), dim, self.stages, weights.dtype)
+        return slot_sum(weights * planes["scale"].astype(weights.dtype).swapaxes(-1, -2), levels)
+
+    def untransform_output(self, output: mx.array, statistics: Statistics = NO_STATISTICS) -> mx.array:
+        return unrotate(output, self.seed)

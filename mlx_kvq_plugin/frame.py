@@ -1,0 +1,98 @@
+"""Keys in the rotary frame: what is subtracted and scaled before a key is encoded.
+
+After RoPE the key of token n is `k_n = R_n (mu + e_n)`: mu, the head's mean key before RoPE, is large, the same for all
+tokens, and says nothing. The frame encodes `x_n = S (k_n - R_n mu)` and scores `q . k^_n = (q / s) . x^_n + q . R_n mu`.
+S is equal within each rotary pair, so it commutes with R_n; `s_j = (query energy / key energy)^(1/4)` minimizes the
+error of the scores for a codec whose error is isotropic. Both are frozen once, from the first tokens.
+
+Related: SageAttention (a constant key mean is free under softmax), SmoothAttention in QServe (scales tied within
+rotary pairs), KVQuant (keys before RoPE). Removing R_n mu instead of a constant stays valid at every later position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .rotary import Rotary, turn, turned_scores
+
+MIN_TOKENS = 64  # statistics from fewer tokens are worse, from more no better
+SKIP_TOKENS = 4  # attention sinks are outliers: left out of the statistics
+_FLOOR = 0.003  # of the mean energy, added against dead pairs
+
+
+@dataclass
+class KeyFrame:
+    """Frozen statistics of one layer: `mean` `(B, Hkv, 1, D)` and `scale` `(B, Hkv, 1, D - P)`, float32.
+
+    `scale` has one number per rotary pair, then one per channel that does not turn.
+    """
+
+    rotary: Rotary
+    mean: mx.array
+    scale: mx.array
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: 1.5 D float32 per head at full rotation."""
+        return self.mean.nbytes + self.scale.nbytes
+
+    def channel_scale(self) -> mx.array:
+        """`scale` spread to `(B, Hkv, 1, D)`."""
+        pairs, rest = self.scale[..., : self.rotary.pairs], self.scale[..., self.rotary.pairs :]
+        return self.rotary.join(pairs, pairs, rest)
+
+    def encode(self, keys: mx.array, start: int) -> mx.array:
+        """`S (k_n - R_n mu)` float32 of post-RoPE keys `(B, Hkv, L, D)` at positions from `start`."""
+        mean = turn(self.rotary, self.mean, start, keys.shape[2])
+        return (keys.astype(mx.float32) - mean) * self.channel_scale()
+
+    def decode(self, x: mx.array, start: int) -> mx.array:
+        """Inverse of `encode`, float32."""
+        mean = turn(self.rotary, self.mean, start, x.shape[2])
+        return x.astype(mx.float32) / self.channel_scale() + mean
+
+    def scale_queries(self, queries: mx.array) -> mx.array:
+        """`q / s` for queries `(B, Hkv, R, D)`."""
+        return queries / self.channel_scale().astype(queries.dtype)
+
+    def mean_scores(self, queries: mx.array, start: int, length: int) -> mx.array:
+        """`q . R_n mu` `(B, Hkv, R, length)` float32 at positions from `start`."""
+        return turned_scores(self.rotary, queries.astype(mx.float32), self.mean, start, length)
+
+
+def query_energy(queries: mx.array, kv_heads: int) -> mx.array:
+    """Sum over tokens and the group's heads of q^2: `(B, Hkv, 1, D)` float32 from `(B, Hq, L, D)`."""
+    B, Hq, L, D = queries.shape
+    q = queries.astype(mx.float32).reshape(B, kv_heads, Hq // kv_heads * L, D)
+    return mx.sum(q * q, axis=2, keepdims=True)
+
+
+def _pair_energy(rotary: Rotary, energy: mx.array) -> mx.array:
+    """Channel energies `(..., D)` to one number per pair and per unturned channel `(..., D - P)`, per channel."""
+    first, second, rest = rotary.split(energy)
+    pairs = 0.5 * (first + second)
+    return mx.concatenate([pairs, rest], axis=-1) if rest.shape[-1] else pairs
+
+
+def fit_frame(rotary: Rotary, keys: mx.array, start: int, energy: mx.array | None) -> KeyFrame:
+    """Statistics from post-RoPE keys `(B, Hkv, L, D)` at positions from `start`.
+
+    Args:
+        energy: `query_energy` of the same tokens, or `None` to leave the scales at 1.
+    """
+    keys = keys.astype(mx.float32)
+    mean = mx.mean(turn(rotary, keys, start, keys.shape[2], inverse=True), axis=2, keepdims=True)
+    if energy is None:
+        scale = mx.ones_like(_pair_energy(rotary, mean))
+    else:
+        centred = keys - turn(rotary, mean, start, keys.shape[2])
+        v = _pair_energy(rotary, mx.mean(centred * centred, axis=2, keepdims=True))
+        w = _pair_energy(rotary, energy)
+        tiny = 1e-30
+        v = v + _FLOOR * mx.mean(v, axis=-1, keepdims=True) + tiny
+        w = w + _FLOOR * mx.mean(w, axis=-1, keepdims=True) + tiny
+        log = 0.25 * (mx.log(w) - mx.log(v))
+        scale = mx.exp(log - mx.mean(log, axis=-1, keepdims=True))
+    return KeyFrame(rotary, mean, scale)

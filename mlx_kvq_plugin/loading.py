@@ -1,0 +1,279 @@
+"""From a scheme to caches on a model: `load`, `compress`, `make_prompt_cache`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+from mlx_lm.models import cache as mlx_cache
+
+from .adapters import FULL, GENERIC, SLIDING, Adapter, LayerGeometry, load_adapter, model_type_of
+from .cache import KVQCache
+from .config import FP16, KVQConfig, LayerSpec
+from .errors import CodecError, UnsupportedModelError
+from .codecs import get_codec
+from .rotary import Rotary, read_rotary
+from .routing import Globals, acquire, attention_globals, release
+from .schemes import format_scheme, parse_scheme
+from .sliding import SlidingKVQCache, smallest_window
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one entry of the cache list becomes.
+
+    Attributes:
+        index: position in the cache list.
+        geometry: facts.
+        spec: what is done, or `None` for a layer that stays as mlx-lm makes it.
+        reason: why it stays, or a remark on a compressed layer; may be empty.
+        rotary: the layer's rotation, for compressed layers.
+    """
+
+    index: int
+    geometry: LayerGeometry
+    spec: LayerSpec | None
+    reason: str = ""
+    rotary: Rotary | None = None
+
+
+def _stock_caches(model: Any) -> list[Any]:
+    """The caches mlx-lm makes, whether or not the model is compressed."""
+    maker = getattr(model, "make_cache", None)
+    if isinstance(maker, CacheMaker):
+        maker = maker.original
+    if maker is not None:
+        return list(maker())
+    return [mlx_cache.KVCache() for _ in model.layers]
+
+
+_EXPECTED = {FULL: mlx_cache.KVCache, SLIDING: mlx_cache.RotatingKVCache}
+_read: dict[tuple[int, int], tuple[Any, Rotary | None, str]] = {}
+
+
+def _rotary_of(geometry: LayerGeometry) -> tuple[Rotary | None, str]:
+    """`read_rotary`, once per rope module and head size (layers often have equal but separate modules)."""
+    key = (id(geometry.rope), geometry.key_dim)
+    known = _read.get(key)
+    if known is None or known[0] is not geometry.rope:
+        known = _read[key] = (geometry.rope, *read_rotary(geometry.rope, geometry.key_dim))
+    return known[1], known[2]
+
+
+def plan_layers(model: Any, config: KVQConfig, adapter: Adapter) -> list[LayerPlan]:
+    """What `config` does to each cache entry of `model`: pure, nothing is changed."""
+    stock = _stock_caches(model)
+    layers = adapter.geometry(model)
+    if len(stock) != len(layers):
+        raise UnsupportedModelError(
+            f"model adapter {adapter.name} must describe every cache of the model, got {len(layers)} descriptions "
+            f"for {len(stock)} caches; fix the adapter"
+        )
+    attention = [i for i, layer in enumerate(layers) if layer.kind in _EXPECTED]
+    edges = set(attention[: config.edges] + attention[len(attention) - config.edges :]) if config.edges else set()
+    return [
+        _plan_layer(i, layer, cache, config, i in edges) for i, (layer, cache) in enumerate(zip(layers, stock, strict=True))
+    ]
+
+
+def _plan_layer(index: int, layer: LayerGeometry, cache: Any, config: KVQConfig, edge: bool) -> LayerPlan:
+    def stays(reason: str) -> LayerPlan:
+        return LayerPlan(index, layer, None, reason)
+
+    if not config.compresses:
+        return stays("scheme fp16 leaves every layer to mlx-lm")
+    if layer.kind not in _EXPECTED:
+        return stays(layer.note or f"{layer.kind} layers have no keys and values to compress")
+    if type(cache) is not _EXPECTED[layer.kind]:
+        return stays(f"mlx-lm gives this {layer.kind} layer a {type(cache).__name__}")
+    if edge:
+        return stays(f"edge layer (edges={config.edges})")
+    spec = config.layer_spec()
+    for name, dim in ((spec.key, layer.key_dim), (spec.value, layer.value_dim)):
+        get_codec(name, spec.seed).planes(dim, "float16")  # raises CodecError for a head size it cannot do
+    if layer.kind == SLIDING:
+        if cache.keep:
+            return stays(f"a rotating cache that keeps {cache.keep} first tokens is not packed")
+        if cache.max_size < smallest_window(spec):
+            return stays(f"a window of {cache.max_size} tokens is too small to pack (below {smallest_window(spec)})")
+    rotary, reason = _rotary_of(layer)
+    remark = f"key frame removes a plain mean: {reason}" if rotary is None and spec.frame else ""
+    return LayerPlan(index, layer, spec, remark, rotary)
+
+
+class CacheMaker:
+    """The `make_cache` of a compressed model."""
+
+    def __init__(self, model: Any, config: KVQConfig, adapter: Adapter, source: str = ""):
+        self.model, self.config, self.adapter, self.source = model, config, adapter, source
+        self.original = getattr(model, "make_cache", None)
+
+    @property
+    def scheme(self) -> str:
+        """The scheme as a string."""
+        return format_scheme(self.config)
+
+    def plan(self) -> list[LayerPlan]:
+        """What happens to each cache entry."""
+        return plan_layers(self.model, self.config, self.adapter)
+
+    def __call__(self) -> list[Any]:
+        caches = _stock_caches(self.model)
+        for i, plan in enumerate(self.plan()):
+            if plan.spec is None:
+                caches[i].kvq_note = plan.reason
+                continue
+            route = type(plan.geometry.attention).__module__
+            made: KVQCache
+            if plan.geometry.kind == SLIDING:
+                made = SlidingKVQCache(plan.spec, caches[i].max_size, plan.rotary, route)
+            else:
+                made = KVQCache(plan.spec, plan.rotary, route)
+            made.kvq_note = plan.reason
+            caches[i] = made
+        return caches
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheMaker:
+        copied = CacheMaker.__new__(CacheMaker)
+        memo[id(self)] = copied
+        copied.__dict__.update(self.__dict__)
+        copied.model = memo.get(id(self.model), self.model)
+        return copied
+
+
+class Compression:
+    """A compressed model; also a context manager. `undo` restores the model completely."""
+
+    def __init__(self, model: Any, maker: CacheMaker, modules: list[Globals]):
+        self.model, self.maker, self._modules = model, maker, modules
+        self._active = True
+
+    def undo(self) -> None:
+        """Restore the model and the attention of its modules; a second call does nothing."""
+        if not self._active:
+            return
+        self._active = False
+        if self.model.__dict__.get("make_cache") is self.maker:
+            del self.model.__dict__["make_cache"]
+        for module in self._modules:
+            release(module)
+
+    def __enter__(self) -> Compression:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+
+def compression_of(model: Any) -> CacheMaker | None:
+    """The cache maker of a compressed model, or `None`."""
+    maker = getattr(model, "make_cache", None)
+    return maker if isinstance(maker, CacheMaker) else None
+
+
+def compress(
+    model: Any, kv_scheme: str | KVQConfig = "tq4", *, unknown_arch: str = "error", source: str = ""
+) -> Compression:
+    """Give a loaded mlx-lm model compressed caches.
+
+    Everything that makes caches through the model (`mlx_lm.generate`, `stream_generate`, `make_prompt_cache`) gets
+    compressed ones from then on.
+
+    Args:
+        model: a model loaded by mlx-lm.
+        kv_scheme: a scheme string (schemes.py) or a `KVQConfig`.
+        unknown_arch: `error`, or `generic` to try an architecture without an adapter: its layers must look like
+            llama's, and an exactness check with the identity codec runs first.
+        source: repository or path the model came from, for prompt-cache files.
+
+    Returns:
+        A `Compression`; use it as a context manager or call `undo()` to restore the model.
+
+    Raises:
+        SchemeError, UnsupportedModelError, PluginError, CodecError.
+    """
+    config = parse_scheme(kv_scheme)
+    if compression_of(model) is not None:
+        raise UnsupportedModelError(
+            "a model must be compressed once, got one that already is; call undo() on the earlier compression first"
+        )
+    if unknown_arch not in ("error", "generic"):
+        raise UnsupportedModelError(f'unknown_arch must be "error" or "generic", got {unknown_arch!r}')
+    try:
+        adapter = load_adapter(model_type_of(model))
+    except UnsupportedModelError:
+        if unknown_arch != "generic":
+            raise
+        adapter = GENERIC
+        _check_generic(model)
+    return _attach(model, config, adapter, source)
+
+
+def _attach(model: Any, config: KVQConfig, adapter: Adapter, source: str = "") -> Compression:
+    maker = CacheMaker(model, config, adapter, source)
+    plans = [plan for plan in maker.plan() if plan.spec is not None]
+    modules: list[Globals] = []
+    for plan in plans:
+        module = attention_globals(plan.geometry.attention)
+        if not any(module is other for other in modules):
+            modules.append(module)
+    for module in modules:
+        acquire(module)
+    model.make_cache = maker
+    return Compression(model, maker, modules)
+
+
+def _check_generic(model: Any) -> None:
+    """Logits with identity caches must equal mlx-lm's exactly on an architecture that no adapter vouches for."""
+    tokens = mx.arange(1, 97)[None] % model.args.vocab_size
+
+    def run(caches: list[Any]) -> list[mx.array]:
+        outputs = [model(tokens, cache=caches)] + [model(tokens[:, i : i + 1], cache=caches) for i in range(8)]
+        mx.eval(outputs)
+        return outputs
+
+    expected = run(_stock_caches(model))
+    try:
+        with _attach(model, KVQConfig(key="identity", value="identity"), GENERIC) as compression:
+            found = run(compression.maker())
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"model type {model_type_of(model)!r} must have layers like llama's for the generic adapter, got "
+            f"{type(error).__name__}: {error}; it needs a model adapter of its own"
+        ) from error
+    for a, b in zip(expected, found, strict=True):
+        if not mx.array_equal(a, b, equal_nan=True):
+            raise UnsupportedModelError(
+                f"model type {model_type_of(model)!r} must give equal logits with identity caches, got a difference "
+                f"of {mx.max(mx.abs(a - b)).item():.3g}; it needs a model adapter of its own"
+            )
+
+
+def load(
+    path_or_hf_repo: str, kv_scheme: str | KVQConfig = "tq4", *, unknown_arch: str = "error", **arguments: Any
+) -> tuple[Any, ...]:
+    """`mlx_lm.load` plus compression.
+
+    Args:
+        path_or_hf_repo: as for `mlx_lm.load`.
+        kv_scheme: a scheme string or a `KVQConfig`.
+        unknown_arch: as for `compress`.
+        **arguments: passed to `mlx_lm.load`.
+
+    Returns:
+        What `mlx_lm.load` returns: `(model, tokenizer)`, or with the config if `return_config=True`.
+    """
+    config = parse_scheme(kv_scheme)  # a wrong scheme fails before the weights are read
+    loaded = mlx_lm.load(path_or_hf_repo, **arguments)
+    compress(loaded[0], config, unknown_arch=unknown_arch, source=path_or_hf_repo)
+    return tuple(loaded)
+
+
+def make_prompt_cache(model: Any) -> list[Any]:
+    """Fresh caches of a model, one per layer: compressed ones if the model is."""
+    return list(mlx_cache.make_prompt_cache(model))

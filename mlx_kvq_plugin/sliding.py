@@ -1,0 +1,114 @@
+"""SlidingKVQCache: the compressed cache of a sliding-window layer, with the window itself packed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.base import create_causal_mask
+
+from .cache import BLOCK, KVQCache, owned
+from .config import LayerSpec
+from .frame import MIN_TOKENS, SKIP_TOKENS
+from .rotary import Rotary
+
+
+def smallest_window(spec: LayerSpec) -> int:
+    """Windows below this stay dense anyway: statistics, recent tokens and one block do not fit twice."""
+    return 2 * max(MIN_TOKENS + SKIP_TOKENS, spec.recent + BLOCK)
+
+
+class SlidingKVQCache(KVQCache):
+    """The last `max_size` tokens of one layer, older ones packed, `recent` ones dense; no sinks: they slide out."""
+
+    def __init__(self, spec: LayerSpec, max_size: int, rotary: Rotary | None = None, route: str = ""):
+        """
+        Args:
+            max_size: tokens a query sees, itself included.
+            spec, rotary, route: as for `KVQCache`; `spec.sinks` is taken as 0.
+        """
+        super().__init__(spec.with_(sinks=0), rotary, route)
+        self.max_size = max_size
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._ring = 0  # slots of mlx-lm's full ring that hold tokens newer than its slot 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        L = keys.shape[2]
+        self.compact()  # what an attention that never ran left behind
+        self._evict(self.max_size - 1)
+        self._ring = self._ring % self.max_size + 1 if L == 1 and self.offset >= self.max_size else 0
+        return super().update_and_fetch(keys, values)
+
+    def compact(self) -> None:
+        """Forget what left the window, then pack."""
+        if self.spec.compress_after != "prefill" or self._step:
+            self._freeze_before_eviction()
+        self._evict(self.max_size)
+        super().compact()
+
+    def _freeze_before_eviction(self) -> None:
+        """Statistics are read off the whole first chunk, also the part that has left the window."""
+        if not self._frozen and self._dense > self.max_size:
+            self._frozen = self._freeze()
+
+    def _evict(self, keep: int) -> None:
+        """Drop the oldest tokens beyond `keep`."""
+        extra = self.held - keep
+        if extra <= 0:
+            return
+        from_packed = min(extra, self._packed)
+        self._packed -= from_packed
+        self._packed_start += from_packed
+        if self._packed == 0:
+            self.key_planes, self.value_planes, self._packed_start = {}, {}, 0
+        extra -= from_packed
+        if extra:
+            assert self.dense_keys is not None and self.dense_values is not None
+            self.dense_keys = owned(self.dense_keys[..., extra : self._dense, :])
+            self.dense_values = owned(self.dense_values[..., extra : self._dense, :])
+            self._dense -= extra
+
+    def attention_tokens(self) -> tuple[mx.array, mx.array]:
+        keys, values = self.decode_all()
+        if self._ring == 0:
+            return keys, values
+        return self._ring_order(keys, 2), self._ring_order(values, 2)
+
+    def _ring_order(self, x: mx.array, axis: int) -> mx.array:
+        """Tokens in order of age to the order of mlx-lm's ring: equal sums, bit for bit, need equal order."""
+        return mx.roll(x, self._ring, axis=axis)
+
+    def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False) -> Any:
+        """The mask for N new tokens after the stored ones, as mlx-lm's rotating cache gives it."""
+        past = min(self.max_size - 1, self.offset)
+        window = window_size or self.max_size
+        if N > 1:
+            if past + N > window or return_array:
+                return create_causal_mask(N, past, window_size=window)
+            return "causal"
+        if window >= self.max_size or past + 1 <= window:
+            return None
+        mask = mx.arange(past + 1) >= past + 1 - window
+        full = self.exact and self.offset >= self.max_size
+        return mx.roll(mask, self._ring % self.max_size + 1) if full else mask
+
+    def size(self) -> int:
+        """Tokens stored that a new one can see."""
+        return min(self.held, self.max_size)
+
+    def is_trimmable(self) -> bool:
+        """While nothing has left the window."""
+        return self.held == self.offset
+
+    def trim(self, n: int) -> int:
+        """As `KVQCache.trim`; drops nothing and returns 0 once tokens have left the window."""
+        return super().trim(n) if self.is_trimmable() else 0
+
+    def _meta(self) -> dict[str, Any]:
+        return {**super()._meta(), "max_size": self.max_size, "ring": self._ring}
+
+    def _restore(self, meta: dict[str, Any]) -> None:
+        self.max_size, self._ring = meta["max_size"], meta["ring"]
+        super()._restore(meta)
