@@ -8,9 +8,61 @@ Importing registers the cache classes in `mlx_lm.models.cache`, where mlx-lm loo
 
 from mlx_lm.models import cache as _mlx_cache
 
+from .adapters import Adapter, LayerGeometry, attention_geometry, list_adapters
 from .cache import KVQCache
-from .loading import compress, load, make_prompt_cache
+from .codecs import Codec, Plane, get_codec, list_codecs
+from .config import KVQConfig, LayerSpec
+from .demo_models import DEMO_MODELS, demo_model_path
+from .errors import KVQError
+from .evaluation import Fidelity, compare, step_logprobs
+from .loading import Compression, compress, compression_of, load, make_prompt_cache
+from .prompt_cache import (
+    PromptCacheInfo,
+    load_prompt_cache,
+    read_prompt_cache_info,
+    save_prompt_cache,
+    verify_prompt_cache,
+)
+from .report import CacheReport, LayerReport, cache_report
+from .schemes import format_scheme, list_schemes, parse_scheme
 from .sliding import SlidingKVQCache
+
+__all__ = [
+    "DEMO_MODELS",
+    "Adapter",
+    "CacheReport",
+    "Codec",
+    "Compression",
+    "Fidelity",
+    "KVQCache",
+    "KVQConfig",
+    "KVQError",
+    "LayerGeometry",
+    "LayerReport",
+    "LayerSpec",
+    "Plane",
+    "PromptCacheInfo",
+    "SlidingKVQCache",
+    "attention_geometry",
+    "cache_report",
+    "compare",
+    "compress",
+    "compression_of",
+    "demo_model_path",
+    "format_scheme",
+    "get_codec",
+    "list_adapters",
+    "list_codecs",
+    "list_schemes",
+    "load",
+    "load_prompt_cache",
+    "make_prompt_cache",
+    "parse_scheme",
+    "read_prompt_cache_info",
+    "save_prompt_cache",
+    "step_logprobs",
+    "verify_prompt_cache",
+]
 
 for _class in (KVQCache, SlidingKVQCache):
     setattr(_mlx_cache, _class.__name__, _class)

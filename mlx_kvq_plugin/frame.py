@@ -1,9 +1,10 @@
 """Keys in the rotary frame: what is subtracted and scaled before a key is encoded.
 
-After RoPE the key of token n is `k_n = R_n (mu + e_n)`: mu, the head's mean key before RoPE, is large, the same for all
-tokens, and says nothing. The frame encodes `x_n = S (k_n - R_n mu)` and scores `q . k^_n = (q / s) . x^_n + q . R_n mu`.
-S is equal within each rotary pair, so it commutes with R_n; `s_j = (query energy / key energy)^(1/4)` minimizes the
-error of the scores for a codec whose error is isotropic. Both are frozen once, from the first tokens.
+After RoPE the key of token n is `k_n = R_n (mu + e_n)`: mu, the head's mean key before RoPE, is large, the same for
+all tokens, and says nothing. The frame encodes `x_n = S (k_n - R_n mu)` and scores
+`q . k^_n = (q / s) . x^_n + q . R_n mu`. S is equal within each rotary pair, so it commutes with R_n;
+`s_j = (query energy / key energy)^(1/4)` minimizes the error of the scores for a codec whose error is
+isotropic. Both are frozen once, from the first tokens.
 
 Related: SageAttention (a constant key mean is free under softmax), SmoothAttention in QServe (scales tied within
 rotary pairs), KVQuant (keys before RoPE). Removing R_n mu instead of a constant stays valid at every later position.

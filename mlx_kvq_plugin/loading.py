@@ -12,9 +12,9 @@ from mlx_lm.models import cache as mlx_cache
 
 from .adapters import FULL, GENERIC, SLIDING, Adapter, LayerGeometry, load_adapter, model_type_of
 from .cache import KVQCache
-from .config import FP16, KVQConfig, LayerSpec
-from .errors import CodecError, UnsupportedModelError
 from .codecs import get_codec
+from .config import KVQConfig, LayerSpec
+from .errors import UnsupportedModelError
 from .rotary import Rotary, read_rotary
 from .routing import Globals, acquire, attention_globals, release
 from .schemes import format_scheme, parse_scheme
@@ -75,7 +75,8 @@ def plan_layers(model: Any, config: KVQConfig, adapter: Adapter) -> list[LayerPl
     attention = [i for i, layer in enumerate(layers) if layer.kind in _EXPECTED]
     edges = set(attention[: config.edges] + attention[len(attention) - config.edges :]) if config.edges else set()
     return [
-        _plan_layer(i, layer, cache, config, i in edges) for i, (layer, cache) in enumerate(zip(layers, stock, strict=True))
+        _plan_layer(i, layer, cache, config, i in edges)
+        for i, (layer, cache) in enumerate(zip(layers, stock, strict=True))
     ]
 
 

@@ -73,7 +73,7 @@ def slot_sources(packed: mx.array, dim: int, bits: int) -> list[mx.array]:
     width = slot_width(dim, bits)
     if packed.shape[-1] == width:
         return [packed]
-    return mx.split(packed, packed.shape[-1] // width, axis=-1)
+    return list(mx.split(packed, packed.shape[-1] // width, axis=-1))
 
 
 def slot_codes(sources: list[mx.array], dim: int, bits: int) -> list[mx.array]:

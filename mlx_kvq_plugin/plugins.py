@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -14,7 +14,7 @@ def _describe(entry: EntryPoint) -> str:
     return f"{entry.value} from {origin}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _entries(group: str) -> dict[str, tuple[EntryPoint, ...]]:
     found: dict[str, list[EntryPoint]] = {}
     for entry in entry_points(group=group):

@@ -209,7 +209,7 @@ def turned_scores(rotary: Rotary, queries: mx.array, vector: mx.array, start: in
     block_cos, block_sin, inner = block_tables(rotary, last_block)
     even, odd = _pair_products(q1, q2, v1, v2, mx.array(rotary.magnitude))
     turned = _turn_back(even[..., None, :], odd[..., None, :], block_cos[first_block:], block_sin[first_block:])
-    scores = mx.concatenate(turned, axis=-1) @ inner.T
+    scores = mx.concatenate(list(turned), axis=-1) @ inner.T
     scores = scores.reshape(*scores.shape[:-2], -1)
     skip = start - first_block * BLOCK
     scores = scores[..., skip : skip + length]

@@ -7,7 +7,7 @@ It spreads a vector's energy evenly over its coordinates, which become nearly Ga
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -24,7 +24,7 @@ def has_hadamard(dim: int) -> bool:
     return False
 
 
-@lru_cache(maxsize=None)
+@cache
 def signs(dim: int, seed: int) -> mx.array:
     """`(D,)` float32 of +1 and -1, the same on every platform for equal arguments."""
     digest = hashlib.shake_256(f"mlx-kvq signs {dim} {seed}".encode()).digest((dim + 7) // 8)
@@ -34,7 +34,7 @@ def signs(dim: int, seed: int) -> mx.array:
     return values
 
 
-@lru_cache(maxsize=None)
+@cache
 def _transposed_hadamard(dim: int) -> mx.array:
     """The matrix M with `x @ M` inverse to `mx.hadamard_transform(x)`."""
     matrix = mx.hadamard_transform(mx.eye(dim)).T  # row i of the transform of I is H e_i

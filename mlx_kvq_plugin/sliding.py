@@ -74,11 +74,12 @@ class SlidingKVQCache(KVQCache):
         keys, values = self.decode_all()
         if self._ring == 0:
             return keys, values
-        return self._ring_order(keys, 2), self._ring_order(values, 2)
+        return self._ring_order(keys), self._ring_order(values)
 
-    def _ring_order(self, x: mx.array, axis: int) -> mx.array:
+    def _ring_order(self, x: mx.array) -> mx.array:
         """Tokens in order of age to the order of mlx-lm's ring: equal sums, bit for bit, need equal order."""
-        return mx.roll(x, self._ring, axis=axis)
+        newest = self.max_size - self._ring
+        return mx.concatenate([x[..., newest:, :], x[..., :newest, :]], axis=2)
 
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False) -> Any:
         """The mask for N new tokens after the stored ones, as mlx-lm's rotating cache gives it."""

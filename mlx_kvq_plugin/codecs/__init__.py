@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import ClassVar
 
 import mlx.core as mx
@@ -143,7 +143,7 @@ def list_codecs() -> list[str]:
     return plugin_names(GROUP)
 
 
-@lru_cache(maxsize=None)
+@cache
 def get_codec(name: str, seed: int = 0) -> Codec:
     """The codec called `name`, e.g. `tq4`, `rvq1`, `affine8`, `identity`; raises `CodecError` for unknown names."""
     families = sorted((f for f in list_codecs() if name.startswith(f)), key=len, reverse=True)
@@ -152,5 +152,4 @@ def get_codec(name: str, seed: int = 0) -> Codec:
     family = load_plugin(GROUP, families[0])
     if not (isinstance(family, type) and issubclass(family, Codec)):
         raise CodecError(f"entry point {families[0]!r} in {GROUP} must be a Codec subclass, got {family!r}")
-    codec = family.from_suffix(name[len(families[0]) :], seed)
-    return codec
+    return family.from_suffix(name[len(families[0]) :], seed)

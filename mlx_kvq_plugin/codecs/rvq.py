@@ -10,7 +10,7 @@ remaining b bits, whose levels depend on the cell. The total distortion is that 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import ClassVar
 
 import mlx.core as mx
@@ -23,7 +23,7 @@ from .scalar import SCALE_DTYPE, quantize
 from .turboquant import TurboQuant
 
 
-@lru_cache(maxsize=None)
+@cache
 def _stage_levels(bits: int) -> mx.array:
     levels = mx.array(embedded_stage(bits, 2 * bits)[0])
     mx.eval(levels)

@@ -8,7 +8,7 @@ slots (see packing.py), each slot a dense run of channels, and the products of t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 
 import mlx.core as mx
 
@@ -21,7 +21,8 @@ SCALE_DTYPE = "bfloat16"  # float32's range in two bytes; its rounding is below 
 def _centred(codes: mx.array, bits: int, dtype: mx.Dtype) -> mx.array:
     """Codes 0..2^b - 1 to t = (2 i + 1) / 2^b - 1."""
     step = 2.0 / 2**bits
-    return codes.astype(dtype) * step + (0.5 * step - 1.0)
+    t: mx.array = codes.astype(dtype) * step + (0.5 * step - 1.0)
+    return t
 
 
 def _levels(codes: mx.array, bits: int, dtype: mx.Dtype) -> mx.array:
@@ -37,7 +38,7 @@ def _levels(codes: mx.array, bits: int, dtype: mx.Dtype) -> mx.array:
     return total * t
 
 
-@lru_cache(maxsize=None)
+@cache
 def _quantizer(bits: int) -> Callable[[mx.array], list[mx.array]]:
     book = odd_codebook(bits)
     half = 2 ** (bits - 1)
@@ -73,7 +74,7 @@ def dequantize(codes: mx.array, scale: mx.array, bits: int, dtype: mx.Dtype) -> 
     return (_levels(codes, bits, mx.float32) * scale.astype(mx.float32)).astype(dtype)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _slot_decoder(dim: int, stages: tuple[int, ...], dtype_name: str) -> Callable[..., list[mx.array]]:
     """Compiled: byte runs of all stages (first stage = highest bits) to codebook levels of every slot."""
     dtype = getattr(mx, dtype_name)
@@ -94,24 +95,44 @@ def _slot_decoder(dim: int, stages: tuple[int, ...], dtype_name: str) -> Callabl
     return mx.compile(decode, shapeless=True)
 
 
-def slot_levels(packed: Sequence[mx.array], dim: int, stages: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """Codebook levels `(slots, B, Hkv, S, D / slots)` of packed stages `(B, Hkv, S, D * bits / 8)`."""
+def slot_levels(packed: Sequence[mx.array], dim: int, stages: tuple[int, ...], dtype: mx.Dtype) -> list[mx.array]:
+    """Codebook levels `(slots, B, Hkv, S, D / slots)` of packed stages `(B, Hkv, S, D * bits / 8)`.
+
+    Returned as a list of groups on the slot axis: one product per group. Up to two slots are left apart, since
+    joining them costs more than a second product.
+    """
     sources: list[mx.array] = []
     for plane, bits in zip(packed, stages, strict=True):
         sources += slot_sources(plane, dim, bits)
-    decoder = _slot_decoder(dim, stages, str(dtype).removeprefix("mlx.core."))
-    return mx.stack(decoder(*sources))
+    levels = _slot_decoder(dim, stages, str(dtype).removeprefix("mlx.core."))(*sources)
+    return [level[None] for level in levels] if len(levels) <= 2 else [mx.stack(levels)]
 
 
-def slot_scores(queries: mx.array, levels: mx.array) -> mx.array:
+def slot_scores(queries: mx.array, levels: list[mx.array]) -> mx.array:
     """`(B, Hkv, R, D)` queries times slot levels: `(B, Hkv, R, S)`, scales not applied."""
-    slots, width = levels.shape[0], levels.shape[-1]
-    split = queries.reshape(*queries.shape[:-1], slots, width)
-    split = mx.moveaxis(split, -2, 0)
-    return mx.sum(split @ levels.swapaxes(-1, -2), axis=0)
+    total = None
+    start = 0
+    for group in levels:
+        slots, width = group.shape[0], group.shape[-1]
+        part = queries[..., start : start + slots * width]
+        start += slots * width
+        if slots == 1:
+            scores = part @ group[0].swapaxes(-1, -2)
+        else:
+            part = mx.moveaxis(part.reshape(*part.shape[:-1], slots, width), -2, 0)
+            scores = mx.sum(part @ group.swapaxes(-1, -2), axis=0)
+        total = scores if total is None else total + scores
+    assert total is not None
+    return total
 
 
-def slot_sum(weights: mx.array, levels: mx.array) -> mx.array:
+def slot_sum(weights: mx.array, levels: list[mx.array]) -> mx.array:
     """`(B, Hkv, R, S)` weights (scales applied) times slot levels: `(B, Hkv, R, D)`."""
-    parts = mx.moveaxis(weights[None] @ levels, 0, -2)
-    return parts.reshape(*parts.shape[:-2], -1)
+    parts = []
+    for group in levels:
+        if group.shape[0] == 1:
+            parts.append(weights @ group[0])
+        else:
+            slots = mx.moveaxis(weights[None] @ group, 0, -2)
+            parts.append(slots.reshape(*slots.shape[:-2], -1))
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)

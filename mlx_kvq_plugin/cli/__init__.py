@@ -1,0 +1,55 @@
+"""The `kvq` command: one file per group of commands, each with an `add_commands(commands)`.
+
+Exit codes: 0, 2 for wrong input (one sentence on stderr), 1 for a prompt-cache file that fails `kvq cache verify`,
+130 after an interrupt, 141 when the reader of stdout is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import version
+
+from ..errors import KVQError
+from . import generate, models, prompts, schemes
+from .arguments import Parser, complain
+
+INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells count signals: 128 + SIGINT, 128 + SIGPIPE
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="kvq",
+        description="KV-cache compression for mlx-lm.",
+        epilog="kvq COMMAND --help describes a command and shows examples.",
+        allow_abbrev=False,
+    )
+    versions = f"kvq {version('mlx-kvq-plugin')} (mlx-lm {version('mlx-lm')}, mlx {version('mlx')})"
+    parser.add_argument("--version", action="version", version=versions)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for group in (generate, prompts, schemes, models):
+        group.add_commands(commands)
+    return parser
+
+
+def _run(argv: list[str] | None) -> int:
+    try:
+        arguments = _parser().parse_args(argv)
+        code: int = arguments.run(arguments)
+        return code
+    except KVQError as error:
+        complain(error)
+        return 2
+    finally:
+        sys.stdout.flush()  # here a broken pipe can still be caught
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code. `--help` and `--version` raise `SystemExit(0)` as argparse does."""
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends
+        return BROKEN_PIPE

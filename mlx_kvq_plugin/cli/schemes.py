@@ -1,0 +1,277 @@
+"""`kvq schemes` and `kvq inspect`: what schemes cost, in general and on one model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from itertools import groupby
+from typing import Any
+
+from ..adapters import SLIDING, LayerGeometry
+from ..codecs import get_codec
+from ..config import FP16, KVQConfig
+from ..errors import CodecError
+from ..loading import LayerPlan, compress
+from ..rotary import read_rotary
+from ..schemes import format_scheme, list_schemes, parse_scheme
+from .arguments import MODEL_HELP, add_arch_option, add_command, note, positive
+from .models import load_model
+
+_MODIFIERS = {
+    "k=NAME,v=NAME": "one codec for keys, another for values",
+    "frame=on|off": "encode keys in the rotary frame",
+    "edges=N": "leave the first and last N attention layers to mlx-lm",
+    "sinks=N": "keep the first N tokens dense",
+    "recent=N": "keep at least the last N tokens dense",
+    "compress_after=chunk|prefill": "pack after each prefill chunk, or after the whole prompt",
+    "seed=N": "of the rotations' signs",
+}
+DEFAULT_SCHEMES = ("tq4", "rvq1")
+DEFAULT_CONTEXTS = (1024, 8192, 32768, 131072)
+
+
+def _default(modifier: str) -> str:
+    value = getattr(KVQConfig(), modifier.partition("=")[0], None)
+    return "" if value is None else f" (default: {'on' if value is True else value})"
+
+
+def _run_schemes(options: argparse.Namespace) -> int:
+    rows = list_schemes(options.head_dim)
+    if options.json:
+        schemes = [{**asdict(row), "ratio": row.ratio} for row in rows]
+        modifiers = {name: text + _default(name) for name, text in _MODIFIERS.items()}
+        print(json.dumps({"head_dim": options.head_dim, "schemes": schemes, "modifiers": modifiers}, indent=2))
+        return 0
+    print(f"scheme     bits/element   ratio   (head size {options.head_dim}; codes, scales, norms and padding counted)")
+    for row in rows:
+        rate = f"{'-':>12s} {'-':>7s}" if row.bits is None else f"{row.bits:12.3f} {row.ratio:6.2f}x"
+        print(f"{row.name:10s} {rate}   {row.note}".rstrip())
+    config = KVQConfig()
+    print(
+        f"\nThese are the rates of packed tokens; on top come the tokens kept dense (sinks={config.sinks} first and "
+        f"recent={config.recent} last ones)\nand some statistics per layer: kvq inspect MODEL adds it up.\n\n"
+        'modifiers, after commas ("rvq1,edges=2,recent=64"):'
+    )
+    for name, text in _MODIFIERS.items():
+        print(f"  {name:30s} {text}{_default(name)}")
+    return 0
+
+
+def planned_nbytes(plan: LayerPlan, tokens: int) -> int:
+    """Bytes that one layer holds after `tokens` tokens of one sequence, in a model of 16-bit keys and values.
+
+    A dense token takes `2 * kv_heads * (key_dim + value_dim)` bytes, a packed one `kv_heads` times the widths of both
+    codecs' planes. A sliding layer holds `min(tokens, window)` tokens. A layer that mlx-lm keeps has them all dense;
+    a compressed one has `sinks` (none on sliding layers) and `recent` tokens dense and the rest packed. Left out:
+    up to 16 tokens that wait to be packed, growth slack below 1/256, statistics (about 6 * key_dim bytes a KV head
+    of float32), and layers without keys and values.
+    """
+    geometry, spec = plan.geometry, plan.spec
+    held = tokens if geometry.window is None else min(tokens, geometry.window)
+    dense_token = 2 * geometry.kv_heads * (geometry.key_dim + geometry.value_dim)
+    if spec is None:
+        return held * dense_token
+    dense = min(held, spec.recent + (0 if geometry.kind == SLIDING else spec.sinks))
+    planes = get_codec(spec.key, spec.seed).planes(geometry.key_dim, "float16")
+    planes += get_codec(spec.value, spec.seed).planes(geometry.value_dim, "float16")
+    return dense * dense_token + (held - dense) * geometry.kv_heads * sum(plane.nbytes for plane in planes)
+
+
+@dataclass(frozen=True)
+class SchemePlan:
+    """What a scheme does to a model: a plan per cache entry, or none and the reason."""
+
+    scheme: str
+    layers: list[LayerPlan]
+    error: str = ""
+
+    def nbytes(self, tokens: int) -> int:
+        """Bytes of all layers."""
+        return sum(planned_nbytes(layer, tokens) for layer in self.layers)
+
+
+def _plan(model: Any, scheme: str, unknown_arch: str) -> SchemePlan:
+    try:
+        with compress(model, scheme, unknown_arch=unknown_arch) as compression:
+            return SchemePlan(scheme, compression.maker.plan())
+    except CodecError as error:  # a head size that the codec cannot do
+        return SchemePlan(scheme, [], str(error))
+
+
+def _rope(geometry: LayerGeometry) -> dict[str, Any]:
+    """The layer's rope module and the rotation read off it."""
+    if geometry.rope is None:
+        return {"class": None}
+    found: dict[str, Any] = {"class": type(geometry.rope).__name__, "base": getattr(geometry.rope, "base", None)}
+    rotary, reason = read_rotary(geometry.rope, geometry.key_dim)
+    if rotary is None:
+        return {**found, "note": reason}
+    return {**found, "pairs": rotary.pairs, "layout": rotary.layout, "magnitude": rotary.magnitude}
+
+
+def _rope_text(rope: dict[str, Any]) -> str:
+    if rope["class"] is None:
+        return "none"
+    base = f", base {rope['base']:.10g}" if rope["base"] else ""
+    if "note" in rope:
+        return f"{rope['class']}{base} ({rope['note']})"
+    return f"{rope['class']}{base}, {rope['pairs']} pairs, {rope['layout']}"
+
+
+def _bases(parameters: dict[str, Any]) -> list[float]:
+    """Rotary bases in a config's `rope_parameters`, which may be nested by layer type."""
+    if "rope_theta" in parameters:
+        return [float(parameters["rope_theta"])]
+    return [base for value in parameters.values() if isinstance(value, dict) for base in _bases(value)]
+
+
+def _kinds(parameters: dict[str, Any]) -> list[str]:
+    if "rope_theta" in parameters or "rope_type" in parameters:
+        return [str(parameters.get("rope_type", "default"))]
+    return [kind for value in parameters.values() if isinstance(value, dict) for kind in _kinds(value)]
+
+
+def _listed(bases: list[float]) -> str:
+    return " and ".join(f"{base:.10g}" for base in bases) or "unknown"
+
+
+def rope_warning(model: Any, config: dict[str, Any], ropes: Sequence[dict[str, Any]]) -> str | None:
+    """A warning if config.json has `rope_parameters` that mlx-lm's model class does not read and that matter."""
+    if isinstance(config.get("text_config"), dict):
+        config = {**config, **config["text_config"]}
+    wanted = config.get("rope_parameters")
+    arguments = getattr(model, "language_model", model).args
+    if not isinstance(wanted, dict) or "rope_parameters" in {field.name for field in fields(arguments)}:
+        return None
+    bases = sorted(set(_bases(wanted)))
+    kinds = sorted(set(_kinds(wanted)) - {"default"})
+    used = sorted({float(rope["base"]) for rope in ropes if rope.get("base")})
+    if bases == used and (not kinds or config.get("rope_scaling")):
+        return None
+    asked = f"base {_listed(bases)}" + (f", type {' and '.join(kinds)}" if kinds else "")
+    return (
+        f"config.json has rope_parameters ({asked}), but mlx-lm {version('mlx-lm')} does not read them for model type "
+        f"{model.model_type}: it turns keys with base {_listed(used)}, so the model's text may be wrong with or "
+        "without compression; put rope_theta (and rope_scaling) into config.json"
+    )
+
+
+def _layer_facts(plan: LayerPlan, rope: dict[str, Any]) -> dict[str, Any]:
+    geometry = plan.geometry
+    names = ("kind", "heads", "kv_heads", "key_dim", "value_dim", "window", "note")
+    return {"index": plan.index, **{name: getattr(geometry, name) for name in names}, "rope": rope}
+
+
+def _ranges(plans: Sequence[LayerPlan]) -> list[str]:
+    """Consecutive layers with equal treatment, a line each."""
+    lines = []
+    for (label, reason), group in groupby(plans, lambda p: (p.spec.label if p.spec else FP16, p.reason)):
+        indices = [plan.index for plan in group]
+        span = f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else f"{indices[0]}"
+        lines.append(f"layers {span}: {label}" + (f" ({reason})" if reason else ""))
+    return lines
+
+
+def _run_inspect(options: argparse.Namespace) -> int:
+    schemes = [format_scheme(parse_scheme(scheme)) for scheme in options.kv_scheme or DEFAULT_SCHEMES]
+    loaded = load_model(options.model, False, lazy=True)
+    plans = [_plan(loaded.model, scheme, options.unknown_arch) for scheme in dict.fromkeys((FP16, *schemes))]
+    stock = plans[0].layers
+    ropes = [_rope(plan.geometry) for plan in stock]
+    warning = rope_warning(loaded.model, loaded.config, ropes)
+    if warning is not None:
+        note(f"kvq: warning: {warning}")
+    layers = [_layer_facts(plan, rope) for plan, rope in zip(stock, ropes, strict=True)]
+    if options.json:
+        report = {
+            "model": loaded.source,
+            "model_type": loaded.model.model_type,
+            "layers": layers,
+            "schemes": [_scheme_facts(plan, options.contexts) for plan in plans],
+            "warnings": [warning] if warning else [],
+        }
+        print(json.dumps(report, indent=2))
+        return 0
+    print(f"{loaded.source}: model type {loaded.model.model_type}, {len(layers)} cache entries\n")
+    _print_layers(layers)
+    for plan in plans[1:]:
+        print(f"\nscheme {plan.scheme}" + (f": not possible, {plan.error}" if plan.error else ""))
+        for line in _ranges(plan.layers):
+            print(f"  {line}")
+    _print_memory(plans, options.contexts)
+    return 0
+
+
+def _scheme_facts(plan: SchemePlan, contexts: Sequence[int]) -> dict[str, Any]:
+    return {
+        "scheme": plan.scheme,
+        "error": plan.error,
+        "layers": [
+            {"index": p.index, "applied": p.spec.label if p.spec else None, "reason": p.reason} for p in plan.layers
+        ],
+        "nbytes": {str(tokens): plan.nbytes(tokens) for tokens in contexts} if not plan.error else {},
+    }
+
+
+def _print_layers(layers: Sequence[dict[str, Any]]) -> None:
+    print("layer kind      query/KV heads  key/value dim  window  rope")
+    for layer in layers:
+        heads, dims = f"{layer['heads']}/{layer['kv_heads']}", f"{layer['key_dim']}/{layer['value_dim']}"
+        window = "-" if layer["window"] is None else str(layer["window"])
+        rope = _rope_text(layer["rope"]) + (f"  {layer['note']}" if layer["note"] else "")
+        print(f"{layer['index']:5d} {layer['kind']:9s} {heads:>14s} {dims:>14s} {window:>7s}  {rope}")
+
+
+def _print_memory(plans: Sequence[SchemePlan], contexts: Sequence[int]) -> None:
+    print("\nMiB of KV cache per sequence (and ratio to fp16) at so many tokens, for 16-bit keys and values")
+    width = max(20, *(len(plan.scheme) for plan in plans))
+    print(f"{'scheme':{width}s}" + "".join(f"{tokens:>18d}" for tokens in contexts))
+    for plan in plans:
+        cells = []
+        for tokens in contexts:
+            nbytes, dense = plan.nbytes(tokens), plans[0].nbytes(tokens)
+            cells.append("-" if plan.error else f"{nbytes / 2**20:.2f} ({dense / max(nbytes, 1):.2f}x)")
+        print(f"{plan.scheme:{width}s}" + "".join(f"{cell:>18s}" for cell in cells))
+
+
+def add_commands(commands: Any) -> None:
+    """Add `schemes` and `inspect`."""
+    schemes = add_command(
+        commands,
+        "schemes",
+        _run_schemes,
+        "List the schemes with their all-in bits per element. The ratio compares packed tokens with fp16.",
+        "  kvq schemes\n  kvq schemes --head-dim 64\n  kvq schemes --json",
+    )
+    schemes.add_argument("--head-dim", type=positive, default=128, metavar="D", help="head size (default: 128)")
+    schemes.add_argument("--json", action="store_true", help="one JSON object")
+
+    inspect = add_command(
+        commands,
+        "inspect",
+        _run_inspect,
+        "Show a model's layers, what schemes do to each, and the memory of its KV cache. Weights are not read.",
+        "  kvq inspect demo:gemma3\n"
+        "  kvq inspect mlx-community/Qwen3-8B-4bit --kv-scheme rvq1 --kv-scheme tq4,edges=2\n"
+        "  kvq inspect ./model --contexts 4096 65536 --json",
+    )
+    inspect.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    inspect.add_argument(
+        "--kv-scheme",
+        action="append",
+        metavar="SCHEME",
+        help=f"may be given several times (default: {' and '.join(DEFAULT_SCHEMES)})",
+    )
+    inspect.add_argument(
+        "--contexts",
+        type=positive,
+        nargs="+",
+        default=list(DEFAULT_CONTEXTS),
+        metavar="N",
+        help="tokens (default: " + " ".join(map(str, DEFAULT_CONTEXTS)) + ")",
+    )
+    add_arch_option(inspect)
+    inspect.add_argument("--json", action="store_true", help="one JSON object")
