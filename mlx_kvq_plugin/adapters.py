@@ -102,10 +102,13 @@ def attention_geometry(
 
 def generic_geometry(model: Any) -> list[LayerGeometry]:
     """For architectures without an adapter: layers named like llama's, kinds read off the model's own caches."""
-    from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+    from mlx_lm.models.cache import KVCache, RotatingKVCache
 
+    maker = getattr(model, "make_cache", None)
+    maker = getattr(maker, "original", maker)  # of a compressed model: what mlx-lm would make
+    caches = [KVCache() for _ in model.layers] if maker is None else maker()
     found = []
-    for layer, cache in zip(model.layers, make_prompt_cache(model), strict=True):
+    for layer, cache in zip(model.layers, caches, strict=True):
         attention = layer.self_attn
         if type(cache) is KVCache:
             found.append(attention_geometry(attention))

@@ -60,9 +60,9 @@ class AttendArgs:
 
 def attend(args: AttendArgs) -> mx.array:
     """Attention output `(B, Hq, L, Dv)` in the queries' dtype; then lets the cache pack what overflows."""
-    args.cache.observe_queries(args.queries)
     for accepts, function in _CANDIDATES:
         if accepts(args):
+            args.cache.observe_queries(args.queries)
             output = function(args)
             args.cache.compact()
             return output

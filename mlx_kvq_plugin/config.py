@@ -39,7 +39,7 @@ class KVQConfig:
     frame: bool = True
     edges: int = 0
     sinks: int = 4
-    recent: int = 32
+    recent: int = 16
     compress_after: str = "chunk"
     seed: int = 0
 
@@ -97,7 +97,7 @@ class LayerSpec:
     value: str
     frame: bool = True
     sinks: int = 4
-    recent: int = 32
+    recent: int = 16
     compress_after: str = "chunk"
     seed: int = 0
 

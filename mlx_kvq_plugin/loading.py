@@ -142,14 +142,17 @@ class CacheMaker:
         memo[id(self)] = copied
         copied.__dict__.update(self.__dict__)
         copied.model = memo.get(id(self.model), self.model)
+        original = self.original
+        if original is not None and getattr(original, "__self__", None) is self.model:
+            copied.original = getattr(type(copied.model), original.__name__).__get__(copied.model)
         return copied
 
 
 class Compression:
     """A compressed model; also a context manager. `undo` restores the model completely."""
 
-    def __init__(self, model: Any, maker: CacheMaker, modules: list[Globals]):
-        self.model, self.maker, self._modules = model, maker, modules
+    def __init__(self, model: Any, maker: CacheMaker, modules: list[Globals], replaced: Any = None):
+        self.model, self.maker, self._modules, self._replaced = model, maker, modules, replaced
         self._active = True
 
     def undo(self) -> None:
@@ -159,6 +162,8 @@ class Compression:
         self._active = False
         if self.model.__dict__.get("make_cache") is self.maker:
             del self.model.__dict__["make_cache"]
+            if self._replaced is not None:
+                self.model.make_cache = self._replaced
         for module in self._modules:
             release(module)
 
@@ -225,8 +230,9 @@ def _attach(model: Any, config: KVQConfig, adapter: Adapter, source: str = "") -
             modules.append(module)
     for module in modules:
         acquire(module)
+    replaced = model.__dict__.get("make_cache")
     model.make_cache = maker
-    return Compression(model, maker, modules)
+    return Compression(model, maker, modules, replaced)
 
 
 def _check_generic(model: Any) -> None:

@@ -72,7 +72,7 @@ class SlidingKVQCache(KVQCache):
 
     def attention_tokens(self) -> tuple[mx.array, mx.array]:
         keys, values = self.decode_all()
-        if self._ring == 0:
+        if self._ring == 0 or not self.exact:
             return keys, values
         return self._ring_order(keys), self._ring_order(values)
 

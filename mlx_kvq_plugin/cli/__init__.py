@@ -41,7 +41,8 @@ def _run(argv: list[str] | None) -> int:
         complain(error)
         return 2
     finally:
-        sys.stdout.flush()  # here a broken pipe can still be caught
+        if sys.stdout is not None:  # it is when closed by the caller
+            sys.stdout.flush()  # here a broken pipe can still be caught
 
 
 def main(argv: list[str] | None = None) -> int:
