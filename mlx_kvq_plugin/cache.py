@@ -20,7 +20,7 @@ from .errors import CacheStateError
 from .frame import MIN_TOKENS, SKIP_TOKENS, KeyFrame, fit_frame, query_energy
 from .handle import KVHandle
 from .rotary import Rotary, no_rotation
-from .routing import route_module
+from .routing import RouteLease
 
 BLOCK = 16  # tokens between two encodings during decoding, and the least the planes grow by
 STEP_TOKENS = 16  # a call with at most this many new tokens is a decode (or verification) step, not prefill
@@ -432,4 +432,4 @@ class KVQCache(_BaseCache):
 
     def _restore(self, meta: dict[str, Any]) -> None:
         if self.route:
-            route_module(self.route)
+            self._lease = RouteLease(self.route)

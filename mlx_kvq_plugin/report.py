@@ -85,7 +85,7 @@ class CacheReport:
         """One line: layers compressed, tokens, bytes held against fp16."""
         return (
             f"{self.compressed} of {len(self.layers)} layers compressed, {self.tokens} tokens, "
-            f"{self.nbytes / 2**20:.2f} MiB held, {self.fp16_nbytes / 2**20:.2f} MiB in fp16, {self.ratio:.2f}x smaller"
+            f"{self.nbytes / 2**20:.2f} MiB held, {self.fp16_nbytes / 2**20:.2f} MiB in fp16, ratio {self.ratio:.2f}"
         )
 
 

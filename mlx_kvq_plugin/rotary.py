@@ -108,7 +108,7 @@ def read_rotary(rope: Callable[..., mx.array] | None, dim: int) -> tuple[Rotary 
     partner = np.abs(turned - np.diag(np.diag(turned)))
     moved = np.flatnonzero(partner.max(axis=1) > 0)
     if moved.size == 0:
-        return no_rotation(), ""
+        return _checked(rope, dim, no_rotation())
     step = int(np.argmax(partner[moved[0]])) - int(moved[0])
     if step == 1 and moved.size > 2:
         layout, pairs = "interleaved", (int(moved[-1]) + 1) // 2
@@ -123,9 +123,13 @@ def read_rotary(rope: Callable[..., mx.array] | None, dim: int) -> tuple[Rotary 
     magnitude = float(start[first[0], first[0]])
     angles = np.arctan2(turned[first, second], turned[first, first])
     rotary = Rotary(layout, tuple(float(a) for a in angles), magnitude)
+    return _checked(rope, dim, rotary)
+
+
+def _checked(rope: Callable[..., mx.array], dim: int, rotary: Rotary) -> tuple[Rotary | None, str]:
     for position in _CHECKED_POSITIONS:
         error = np.max(np.abs(_matrix(rope, dim, position) - _expected(rotary, dim, position)))
-        if error > magnitude * (1e-4 + 3e-7 * position):  # float32 angles lose about 1e-7 a position
+        if error > rotary.magnitude * (1e-4 + 3e-7 * position):  # float32 angles lose about 1e-7 a position
             return None, f"its rope is not one rotation for all positions (position {position} is off by {error:.2g})"
     return rotary, ""
 

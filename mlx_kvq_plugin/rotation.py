@@ -53,12 +53,16 @@ def check_dim(dim: int) -> None:
 
 def rotate(x: mx.array, seed: int) -> mx.array:
     """Rotate `(..., D)` floats; norms and inner products are kept."""
+    if x.size == 0:  # mx.hadamard_transform refuses empty arrays
+        return x
     return mx.hadamard_transform(x * signs(x.shape[-1], seed).astype(x.dtype))
 
 
 def unrotate(x: mx.array, seed: int) -> mx.array:
     """Inverse of `rotate`."""
     dim = x.shape[-1]
+    if x.size == 0:
+        return x
     if dim & (dim - 1) == 0:
         y = mx.hadamard_transform(x)  # symmetric for powers of two
     else:

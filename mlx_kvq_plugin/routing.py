@@ -8,6 +8,7 @@ the original. The decision depends on the type of the keys alone, so other model
 from __future__ import annotations
 
 import importlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -74,12 +75,13 @@ def release(module: Globals) -> None:
             module[NAME] = routed.original
 
 
-_for_loaded_caches: set[str] = set()
+class RouteLease:
+    """Keeps the importable module `name` routed while caches loaded from a file, or their copies, are alive."""
 
+    def __init__(self, name: str):
+        module = vars(importlib.import_module(name))
+        acquire(module)
+        weakref.finalize(self, release, module)
 
-def route_module(name: str) -> None:
-    """Route the importable module `name` for caches that were loaded from a file, once per process."""
-    if name in _for_loaded_caches:
-        return
-    acquire(vars(importlib.import_module(name)))
-    _for_loaded_caches.add(name)
+    def __deepcopy__(self, memo: object) -> RouteLease:
+        return self

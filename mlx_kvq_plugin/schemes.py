@@ -15,6 +15,7 @@ from .errors import CodecError, PluginError, SchemeError
 from .plugins import load_plugin
 
 _INTS = ("edges", "sinks", "recent", "seed")
+_BOTH = "codec="  # no name before a "=" holds one
 _EXAMPLE = 'write for example "tq4", "rvq1,edges=2,recent=64" or "k=tq4,v=tq2"'
 
 
@@ -34,24 +35,24 @@ def parse_scheme(scheme: str | KVQConfig) -> KVQConfig:
     for part in scheme.split(","):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
-            name, value = "both", name
+            name, value = _BOTH, name
         if not value:
             raise SchemeError(f"every part of a scheme must have a value, got {part!r} in {scheme!r}; {_EXAMPLE}")
         if name in found:
             raise SchemeError(f"every part of a scheme must be given once, got {name} twice in {scheme!r}")
         found[name] = value
-    known = ("both", "k", "v", "frame", "compress_after", *_INTS)
+    known = (_BOTH, "k", "v", "frame", "compress_after", *_INTS)
     for name in found:
         if name not in known:
             raise SchemeError(f"parts of a scheme must be a codec or one of {known[1:]}, got {name!r}; {_EXAMPLE}")
-    if ("both" in found) == ("k" in found or "v" in found) or ("k" in found) != ("v" in found):
+    if (_BOTH in found) == ("k" in found or "v" in found) or ("k" in found) != ("v" in found):
         raise SchemeError(f"a scheme must name one codec, or k= and v= both, got {scheme!r}; {_EXAMPLE}")
     if found.get("frame", "on") not in ("on", "off"):
         raise SchemeError(f"frame must be on or off, got {found['frame']!r}")
     numbers = {name: _parse_int(name, found[name]) for name in _INTS if name in found}
     return KVQConfig(
-        key=found.get("k", found.get("both", "")),
-        value=found.get("v", found.get("both", "")),
+        key=found.get("k", found.get(_BOTH, "")),
+        value=found.get("v", found.get(_BOTH, "")),
         frame=found.get("frame", "on") == "on",
         compress_after=found.get("compress_after", "chunk"),
         **numbers,

@@ -129,14 +129,14 @@ def rotation_matrix(dim: int, seed: int) -> np.ndarray:
 
 
 def unpack_slowly(packed: np.ndarray, dim: int, bits: int) -> np.ndarray:
-    """Codes from bytes by the text of packing.py, channel by channel."""
+    """Codes from bytes by the text of packing.py, slot by slot of each field."""
     codes = np.zeros((*packed.shape[:-1], dim), dtype=np.int64)
     start = shift = 0
     for width in {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}[bits]:
         row = dim * width // 8
-        for channel in range(dim):
-            byte = packed[..., start + channel % row].astype(np.int64)
-            codes[..., channel] |= ((byte >> (channel // row * width)) & (2**width - 1)) << shift
+        field = packed[..., start : start + row].astype(np.int64)
+        for slot in range(8 // width):
+            codes[..., slot * row : (slot + 1) * row] |= ((field >> (slot * width)) & (2**width - 1)) << shift
         start, shift = start + row, shift + width
     return codes
 
@@ -204,8 +204,7 @@ def test_rvq1_is_two_planes_of_one_bit_a_channel(dim: int) -> None:
 
 
 @rotated_codecs
-@every_dim
-@every_dtype
+@every_case
 def test_rotated_codecs_have_the_distortion_of_their_codebook(name: str, dim: int, dtype: str) -> None:
     codec, x = get_codec(name), tokens(dim, max(64, 8192 // dim), dtype)
     ratio = relative_error(x, codec.decode(codec.encode(x), dim)) / sphere_distortion(total_bits(name), dim)
@@ -214,8 +213,7 @@ def test_rotated_codecs_have_the_distortion_of_their_codebook(name: str, dim: in
 
 
 @pytest.mark.parametrize("name", AFFINE)
-@every_dim
-@every_dtype
+@every_case
 def test_affine_has_the_distortion_of_equal_steps(name: str, dim: int, dtype: str) -> None:
     codec, x = get_codec(name), tokens(dim, max(16, 2048 // dim), dtype)
     bits = codec.bits

@@ -51,9 +51,7 @@ def weights_as_mlx_lm_names_them(gemma: bool) -> dict[str, np.ndarray]:
         layer |= {"self_attn.q_norm": (head_dim,), "self_attn.k_norm": (head_dim,)}
         layer |= {"pre_feedforward_layernorm": (HIDDEN,), "post_feedforward_layernorm": (HIDDEN,)}
     shapes = {"model.embed_tokens.weight": (vocabulary, HIDDEN), "model.norm.weight": (HIDDEN,)}
-    shapes |= {
-        f"model.layers.{i}.{part}.weight": shape for i in range(LAYERS) for part, shape in layer.items()
-    }
+    shapes |= {f"model.layers.{i}.{part}.weight": shape for i in range(LAYERS) for part, shape in layer.items()}
     return {name: (rng.integers(-64, 64, shape) / 64).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -146,9 +144,7 @@ def write_gguf(path: Path, *, gemma: bool = False, architecture: str = "", extra
 def add_llama_vocabulary(writer: GGUFWriter) -> None:
     tokens = llama_tokens()
     writer.add_token_list(tokens)
-    writer.add_token_types(
-        [TokenType.CONTROL if t in ("<end>", "<start>") else TokenType.NORMAL for t in tokens]
-    )
+    writer.add_token_types([TokenType.CONTROL if t in ("<end>", "<start>") else TokenType.NORMAL for t in tokens])
     writer.add_token_merges(["h e", "l l", "he ll", "hell o", "Ġ hello"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(0)
@@ -350,9 +346,7 @@ def test_unknown_name_is_refused(tmp_path: Path) -> None:
         demo_model_path("gpt5", cache_dir=tmp_path)
 
 
-def test_wrong_checksum_leaves_nothing(
-    tiny: DemoModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_checksum_leaves_nothing(tiny: DemoModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DEMO_MODELS, "tiny", replace(tiny, sha256="0" * 64))
     with pytest.raises(DemoModelError, match=f"must be {'0' * 64}, but got {tiny.sha256}"):
         demo_model_path("tiny", cache_dir=tmp_path, progress=False)
@@ -379,9 +373,7 @@ def test_unwritable_cache_is_named(tiny: DemoModel, tmp_path: Path) -> None:
         demo_model_path("tiny", cache_dir=tmp_path / "tiny.gguf", progress=False)
 
 
-def test_interrupt_leaves_nothing(
-    without_pip: DemoModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupt_leaves_nothing(without_pip: DemoModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(gguf: Path, folder: Path, progress: object) -> None:
         folder.mkdir()
         (folder / "config.json").write_text("{}")
@@ -444,9 +436,7 @@ def test_concurrent_processes_make_it_once(tiny: DemoModel, tmp_path: Path) -> N
     assert visible(tmp_path) == ["tiny-llama"]
 
 
-def test_older_conversion_is_replaced(
-    without_pip: DemoModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_older_conversion_is_replaced(without_pip: DemoModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = demo_model_path("tiny", cache_dir=tmp_path, progress=False)
     (folder / "stale").touch()
     monkeypatch.setattr(demo_models, "_CONVERSION", demo_models._CONVERSION + 1)

@@ -170,6 +170,32 @@ def test_scales_are_those_of_the_least_score_error(name: str) -> None:
 
 
 @every_rotary
+def test_scales_are_the_fourth_root_of_the_ratio_of_pair_energies(name: str) -> None:
+    """On data without any symmetry within pairs, in few tokens: the mean of both channels counts."""
+    rotary = ROTARIES[name]
+    keys = 5 * normal(1, 1, 7, DIM) * np.geomspace(0.1, 10, DIM) + 2
+    queries = normal(1, 2, 7, DIM, seed=1) * np.geomspace(3, 0.2, DIM)
+    positions = np.arange(4, 11)
+    # R_n mu of the mean before the rotation, by turning each token back to position 0 and the mean forth again.
+    first, second = pair_channels(rotary)
+    phase = np.exp(1j * positions[:, None] * np.array(rotary.angles))
+    centred = keys - keys.mean(axis=2, keepdims=True)
+    pairs = keys[..., first] + 1j * keys[..., second]
+    pairs = pairs - (pairs / phase).mean(axis=2, keepdims=True) * phase
+    centred[..., first], centred[..., second] = pairs.real, pairs.imag
+
+    def energies(x: np.ndarray) -> np.ndarray:
+        channels = np.mean(x * x, axis=(0, 1, 2))
+        each = np.concatenate([0.5 * (channels[first] + channels[second]), channels[2 * rotary.pairs :]])
+        return each + 0.003 * each.mean()
+
+    expected = (energies(queries) / energies(centred)) ** 0.25
+    found = np.array(fit_frame(rotary, float32(keys), 4, query_energy(float32(queries), 1)).scale)[0, 0, 0]
+    ratio = found / expected  # a common factor is free
+    np.testing.assert_allclose(ratio / ratio[0], 1, rtol=0, atol=1e-4)  # angles read in float32
+
+
+@every_rotary
 def test_scales_lower_the_score_error_of_a_real_codec(name: str) -> None:
     rotary, codec = ROTARIES[name], get_codec("tq3")
     keys, queries, _, _ = uneven(rotary, 256)

@@ -78,7 +78,7 @@ def test_a_config_passes_through() -> None:
 
 
 def test_defaults_are_those_of_the_documentation() -> None:
-    assert KVQConfig() == KVQConfig("tq4", "tq4", True, 0, 4, 32, "chunk", 0)
+    assert KVQConfig() == KVQConfig("tq4", "tq4", True, 0, 4, 16, "chunk", 0)
 
 
 @settings(deadline=None)

@@ -149,7 +149,16 @@ def get_codec(name: str, seed: int = 0) -> Codec:
     families = sorted((f for f in list_codecs() if name.startswith(f)), key=len, reverse=True)
     if not families:
         raise CodecError(f"a codec name must start with one of {', '.join(list_codecs())}, got {name!r}")
-    family = load_plugin(GROUP, families[0])
+    kinds = {prefix: _load_family(prefix) for prefix in families}
+    owners = [prefix for prefix, kind in kinds.items() if name[len(prefix) :] in kind.suffixes]
+    if len(owners) > 1:
+        raise CodecError(f"codec {name} must have one owner, got the families {' and '.join(owners)}; uninstall one")
+    prefix = (owners or families)[0]
+    return kinds[prefix].from_suffix(name[len(prefix) :], seed)
+
+
+def _load_family(prefix: str) -> type[Codec]:
+    family = load_plugin(GROUP, prefix)
     if not (isinstance(family, type) and issubclass(family, Codec)):
-        raise CodecError(f"entry point {families[0]!r} in {GROUP} must be a Codec subclass, got {family!r}")
-    return family.from_suffix(name[len(families[0]) :], seed)
+        raise CodecError(f"entry point {prefix!r} in {GROUP} must be a Codec subclass, got {family!r}")
+    return family

@@ -1,0 +1,66 @@
+"""Fixtures for tests on real models: small ones made from Python packages, cached outside the checkout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+
+import mlx_kvq_plugin as kvq
+
+TEXT = """\
+A cache keeps what was computed once so that it need not be computed again. In a language model the keys and values
+of every token are such results: each new token attends to all earlier ones, and without a cache the whole text would
+run through the network for every word. The price is memory. A model with thirty layers and three key heads of
+sixty-four numbers stores 11,520 numbers a token; at sixteen bits that is 22.5 kilobytes, and a book of 100,000 words
+takes three gigabytes. It is no wonder that people look for smaller ways to write these numbers down.
+
+Rounding is the oldest of them. A ruler with sixteen marks tells a length to within a thirty-second part of its own;
+four bits are enough to name the mark. If the lengths follow a bell curve the marks should be dense in the middle and
+sparse at the ends, and Lloyd and Max found where exactly: each mark at the centre of mass of what it stands for, each
+border halfway between two marks. But coordinates of keys do not follow a bell curve. A few are huge, most are small,
+and the huge ones are the same for every token. Turning the whole vector by a random rotation spreads what is huge over
+all coordinates, and by the law of large numbers each becomes a sum of many small parts: nearly a bell curve again.
+
+def lloyd_max(levels, density, rounds=100):
+    for _ in range(rounds):
+        borders = [(a + b) / 2 for a, b in zip(levels, levels[1:])]
+        cells = split(density, borders)
+        levels = [centre_of_mass(cell) for cell in cells]
+    return levels
+
+Position is the second difficulty. Rotary embeddings turn every pair of coordinates by an angle that grows with the
+position of the token, fast for the first pairs and slowly for the last. What all keys of a head have in common before
+the turning, they no longer have in common after it, at least not as one fixed vector: it has become a vector that
+turns with the position. Whoever subtracts the average of the turned keys removes only the slow part. Whoever turns the
+average itself removes all of it, at any position, and what is left to write down is small and says something.
+"""
+
+
+@cache
+def _load(name: str) -> tuple[Any, Any]:
+    model, tokenizer = mlx_lm.load(str(kvq.demo_model_path(name, progress=False)))
+    model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
+    return model, tokenizer
+
+
+@pytest.fixture
+def real_model() -> Callable[[str], tuple[Any, Any]]:
+    """`real_model("smollm2")` is a float32 model and its tokenizer, loaded once per run."""
+    return _load
+
+
+@pytest.fixture
+def text_ids() -> Callable[[Any, int], list[int]]:
+    """`text_ids(tokenizer, n)` is n tokens of English prose and code (repeated when n is large)."""
+
+    def encode(tokenizer: Any, count: int) -> list[int]:
+        ids = list(tokenizer.encode(TEXT))
+        return (ids * (count // len(ids) + 1))[:count]
+
+    return encode

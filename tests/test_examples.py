@@ -1,0 +1,80 @@
+"""The example plugin is installed for real and used; two owners of one name are named."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+USE_PLUGIN = """
+import sys
+sys.path.insert(0, {tests!r})
+import mlx.core as mx
+import mlx_kvq_plugin as kvq
+import tiny_models
+assert "olmo2" in kvq.list_adapters() and "half" in kvq.list_codecs()
+assert "kvq_olmo2_adapter" not in sys.modules, "plugins are loaded when asked for"
+model = tiny_models.olmo2()
+tokens = mx.arange(90)[None] % 64
+expected = model(tokens, cache=kvq.make_prompt_cache(model))
+with kvq.compress(model, "k=half,v=tq4") as compression:
+    assert compression.maker.adapter.name == "olmo2"
+    caches = kvq.make_prompt_cache(model)
+    found = model(tokens, cache=caches)
+    step = model(mx.array([[5]]), cache=caches)
+assert mx.array_equal(found, expected)
+print(kvq.cache_report(caches).compressed, len(caches), caches[0].packed_tokens)
+"""
+
+CLASH = """
+import mlx_kvq_plugin as kvq
+try:
+    kvq.adapters.load_adapter("llama")
+except kvq.KVQError as error:
+    print(error)
+"""
+
+
+def install(plugin: Path, target: Path) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([*command, "--no-build-isolation", "--target", target, plugin], check=True, capture_output=True)
+
+
+def run(code: str, target: Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory) -> Path:
+    """A copy of the example, so that building it leaves nothing in the checkout."""
+    copy = tmp_path_factory.mktemp("plugin") / "source"
+    shutil.copytree(ROOT / "examples" / "kvq-olmo2-adapter", copy)
+    return copy
+
+
+def test_example_plugin_is_found_loaded_late_and_used(plugin, tmp_path):
+    install(plugin, tmp_path)
+    compressed, layers, packed = run(USE_PLUGIN.format(tests=str(ROOT / "tests")), tmp_path).split()
+    assert compressed == layers and int(packed) > 0
+
+
+def test_a_plugin_that_claims_a_taken_name_is_named(plugin, tmp_path):
+    settings = plugin / "pyproject.toml"
+    text = settings.read_text()
+    settings.write_text(text.replace('olmo2 = "', 'llama = "'))
+    try:
+        install(plugin, tmp_path)
+    finally:
+        settings.write_text(text)
+    message = run(CLASH, tmp_path)
+    assert "'llama'" in message and "mlx-kvq-plugin" in message and "kvq-olmo2-adapter" in message
+    assert "uninstall one" in message and "\n" not in message
