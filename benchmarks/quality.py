@@ -15,16 +15,17 @@ from common import TEXTS, load, machine, print_table, store
 
 import mlx_kvq_plugin as kvq
 
-SCHEMES = ("affine8", "tq4", "rvq2", "tq3", "k=tq4,v=tq2", "rvq1", "affine4", "tq4,frame=off", "rvq1,frame=off")
+SCHEMES = ("tq4", "rvq2", "tq3", "rvq1", "tq4,frame=off")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", default=["smollm2", "gemma3"])
-    parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=list(TEXTS))
+    parser.add_argument("--texts", nargs="+", default=["documentation", "code"], choices=list(TEXTS))
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
     parser.add_argument("--prefill", type=int, default=200)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--name", default="quality", help="results go to docs/results/NAME.json")
     arguments = parser.parse_args()
     rows = []
     for name in arguments.model:
@@ -46,7 +47,7 @@ def main() -> None:
                     }
                 )
                 print(f"{name} {text} {scheme}: KL {fidelity.kl_mean:.4f}", flush=True)
-    store("quality", rows)
+    store(arguments.name, rows)
     print(machine())
     print_table(
         ["model", "text", "scheme", "KL mean", "median", "p99", "top-1", "perplexity (fp16)"],

@@ -102,7 +102,7 @@ def attend_packed(args: AttendArgs) -> mx.array:
     dense_keys, dense_values = cache.dense_tokens()
     key_planes, value_planes = cache.packed_planes()
     Hkv, Dv = dense_keys.shape[1], dense_values.shape[-1]
-    dtype = mx.float32 if mx.default_device() == mx.cpu else queries.dtype
+    dtype = _product_dtype(queries.dtype)
     q = (queries.astype(mx.float32) * args.scale).reshape(B, Hkv, Hq // Hkv * L, Dk)
 
     packed_queries = q if cache.frame is None else cache.frame.scale_queries(q)
@@ -121,6 +121,11 @@ def attend_packed(args: AttendArgs) -> mx.array:
     output = cache.value_codec.untransform_output(output, cache.value_statistics)
     output = output + weights[..., :count] @ dense_values.astype(dtype)
     return output.reshape(B, Hq, L, Dv).astype(queries.dtype)
+
+
+def _product_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """Products run in float32 on the CPU, where half precision is slow; bfloat16 would round scores too coarsely."""
+    return mx.float32 if mx.default_device() == mx.cpu or dtype == mx.float32 else mx.float16
 
 
 def _masked(scores: mx.array, mask: Mask, cache: KVQCache, Hq: int, L: int) -> mx.array:

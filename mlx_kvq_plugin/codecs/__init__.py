@@ -123,7 +123,7 @@ class Codec:
         return queries
 
     def scores(self, queries: mx.array, planes: Planes, statistics: Statistics = NO_STATISTICS) -> mx.array:
-        """Inner products `(B, Hkv, R, S)` of transformed queries with S stored keys, in the queries' dtype."""
+        """Inner products `(B, Hkv, R, S)` of transformed queries with S stored keys, in their dtype or float32."""
         keys = self.decode(planes, queries.shape[-1], queries.dtype, statistics)
         return queries @ keys.swapaxes(-1, -2)
 

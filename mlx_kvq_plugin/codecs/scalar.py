@@ -90,7 +90,7 @@ def _slot_decoder(dim: int, stages: tuple[int, ...], dtype_name: str) -> Callabl
             part = [code << shift for code in part] if shift else part
             slots = [a | b for a, b in zip(slots, part, strict=True)] if slots else part
             start += count
-        return [_levels(code, total, dtype) for code in slots]
+        return [_levels(code, total, mx.float32).astype(dtype) for code in slots]
 
     return mx.compile(decode, shapeless=True)
 

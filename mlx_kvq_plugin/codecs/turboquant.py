@@ -66,13 +66,15 @@ class TurboQuant(Codec):
 
     def scores(self, queries: mx.array, planes: Planes, statistics: Statistics = NO_STATISTICS) -> mx.array:
         levels = slot_levels(self._packed(planes), queries.shape[-1], self.stages, queries.dtype)
-        return slot_scores(queries, levels) * planes["scale"].astype(queries.dtype).swapaxes(-1, -2)
+        scale = planes["scale"].astype(mx.float32).swapaxes(-1, -2)
+        return slot_scores(queries, levels).astype(mx.float32) * scale  # in half precision large keys overflow
 
     def weighted_sum(
         self, weights: mx.array, planes: Planes, dim: int, statistics: Statistics = NO_STATISTICS
     ) -> mx.array:
         levels = slot_levels(self._packed(planes), dim, self.stages, weights.dtype)
-        return slot_sum(weights * planes["scale"].astype(weights.dtype).swapaxes(-1, -2), levels)
+        scale = planes["scale"].astype(mx.float32).swapaxes(-1, -2)
+        return slot_sum((weights.astype(mx.float32) * scale).astype(weights.dtype), levels)
 
     def untransform_output(self, output: mx.array, statistics: Statistics = NO_STATISTICS) -> mx.array:
         return unrotate(output, self.seed)
