@@ -1,46 +1,107 @@
-"""The table of the README, from the stored results: `python benchmarks/summary.py` prints it."""
+"""Rewrites the tables of README.md and docs/measurements.md from the stored results."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
 SCHEMES = ("tq4", "tq3", "rvq1")
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
-def rows(name: str) -> list[dict[str, Any]]:
-    """Rows of one benchmark's results."""
-    return list(json.loads((RESULTS / f"{name}.json").read_text())["rows"])
+def results(name: str) -> dict[str, Any]:
+    """Machine and rows of one benchmark."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
 
 
 def one(name: str, **wanted: Any) -> dict[str, Any]:
     """The only row with the wanted values."""
-    (found,) = (row for row in rows(name) if all(row[key] == value for key, value in wanted.items()))
+    rows = (row for row in results(name)["rows"] if all(row[key] == value for key, value in wanted.items()))
+    (found,) = rows
     return found
 
 
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    lines = [list(head), *rows]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def readme_table() -> str:
-    """Memory, quality and speed of the main schemes on the two demo models, as Markdown."""
-    lines = [
-        "| `kv_scheme` | SmolLM2: times smaller at 1,000 / 4,096 tokens | Gemma 3: at 4,096 | KL to fp16, nats/token "
-        "(SmolLM2 / Gemma 3) | same top-1 token | decode speed (1,000 tokens) | prefill |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """Memory, quality and speed of the main schemes on the two demo models."""
+    rows = []
     for scheme in SCHEMES:
         small = [one("memory", model="smollm2", scheme=scheme, tokens=tokens)["ratio"] for tokens in (1000, 4096)]
         gemma = one("memory", model="gemma3", scheme=scheme, tokens=4096)["ratio"]
         quality = [one("quality", model=m, scheme=scheme, text="documentation") for m in ("smollm2", "gemma3")]
         speed = one("decode", model="smollm2", scheme=scheme)
-        lines.append(
-            f"| `{scheme}` | {small[0]:.2f}x / {small[1]:.2f}x | {gemma:.2f}x "
-            f"| {quality[0]['kl_mean']:.4f} / {quality[1]['kl_mean']:.4f} "
-            f"| {quality[0]['top1']:.1%} / {quality[1]['top1']:.1%} "
-            f"| {speed['decode_ratio']:.2f}x of `KVCache` | {speed['prefill_ratio']:.2f}x |"
+        rows.append(
+            [
+                f"`{scheme}`",
+                f"{small[0]:.2f}x / {small[1]:.2f}x",
+                f"{gemma:.2f}x",
+                " / ".join(f"{row['kl_mean']:.4f}" for row in quality),
+                " / ".join(f"{row['top1']:.1%}" for row in quality),
+                f"{speed['decode_ratio']:.2f}x",
+                f"{speed['prefill_ratio']:.2f}x",
+            ]
         )
-    return "\n".join(lines)
+    head = ["`kv_scheme`", "SmolLM2-135M, smaller at 1,000 / 4,096 tokens", "Gemma 3 270M, at 4,096"]
+    head += ["KL to fp16, nats a token", "same top-1 token", "decode speed (CPU)", "prefill speed (CPU)"]
+    return table(head, rows)
+
+
+def measurements() -> str:
+    """All stored tables."""
+    parts = []
+    memory = results("memory")
+    rows = [
+        [r["model"], f"{r['tokens']:,}", f"`{r['scheme']}`", f"{r['allocated'] / 2**20:.2f}", f"{r['ratio']:.2f}x"]
+        + [f"{r['nbytes_error']:+.2%}" if "nbytes_error" in r else ""]
+        for r in memory["rows"]
+    ]
+    head = ["model", "tokens", "scheme", "MiB allocated", "smaller than `KVCache`", "`nbytes` against allocated"]
+    parts.append(f"## Memory\n\n`python benchmarks/memory.py`; {memory['machine']}.\n\n{table(head, rows)}")
+    for name, title in (("quality", "Quality"), ("defaults", "What the defaults are worth")):
+        quality = results(name)
+        rows = [
+            [r["model"], r["text"], f"`{r['scheme']}`", f"{r['kl_mean']:.4f}", f"{r['kl_median']:.4f}"]
+            + [f"{r['kl_p99']:.3f}", f"{r['top1']:.1%}", f"{r['perplexity']:.2f} ({r['reference_perplexity']:.2f})"]
+            for r in quality["rows"]
+        ]
+        head = ["model", "text", "scheme", "KL mean", "median", "p99", "top-1", "perplexity (fp16)"]
+        schemes = " ".join(dict.fromkeys(r["scheme"] for r in quality["rows"]))
+        command = f"python benchmarks/quality.py --schemes {schemes}"
+        if name == "defaults":
+            command += " --model smollm2 --texts documentation --name defaults"
+        parts.append(f"## {title}\n\n`{command}`; {quality['machine']}.\n\n{table(head, rows)}")
+    decode = results("decode")
+    rows = [
+        [r["model"], f"{r['tokens']:,}", f"`{r['scheme']}`", f"{r['step_ms']:.1f}"]
+        + [f"{r['decode_ratio']:.2f}x", f"{r['prefill_ratio']:.2f}x"]
+        for r in decode["rows"]
+    ]
+    head = ["model", "tokens", "scheme", "ms a step", "decode against `KVCache`", "prefill against `KVCache`"]
+    parts.append(f"## Speed\n\n`python benchmarks/decode.py`; {decode['machine']}.\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
+
+
+def inserted(text: str, content: str) -> str:
+    """`text` with `content` between the markers."""
+    return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{content}\n{END}", text, flags=re.DOTALL)
+
+
+def main() -> None:
+    for path, content in ((ROOT / "README.md", readme_table()), (ROOT / "docs" / "measurements.md", measurements())):
+        path.write_text(inserted(path.read_text(), content))
 
 
 if __name__ == "__main__":
-    print(readme_table())
+    main()

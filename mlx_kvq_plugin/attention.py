@@ -66,7 +66,10 @@ def attend(args: AttendArgs) -> mx.array:
             output = function(args)
             args.cache.compact()
             return output
-    raise AttentionError(f"attention needs queries in 4 dimensions that fit the cache, got {args.report()}")
+    raise AttentionError(
+        f"queries must be (B, Hq, L, Dk) with the cache's B and Dk and a multiple of its heads, got {args.report()}; "
+        "check the model adapter"
+    )
 
 
 def attend_dense(args: AttendArgs) -> mx.array:

@@ -355,7 +355,7 @@ def test_packed_bytes_of_a_token_never_change(codec):
         if written:
             assert_equal_bytes(first_rows(now, written), seen)
         seen, written = now, cache.packed_tokens
-    assert written >= 420 - 4 - 32 - BLOCK
+    assert written >= 420 - 4 - 16 - BLOCK
 
 
 @pytest.mark.parametrize("codec", LOSSY)
@@ -366,10 +366,10 @@ def test_packed_bytes_do_not_depend_on_how_tokens_arrive(codec):
         cache = KVQCache(LayerSpec(codec, codec, frame=False), ROTARY)
         feed(cache, keys, values, chunks)
         caches.append(cache)
-    assert caches[0].packed_tokens == 260 - 36
+    assert caches[0].packed_tokens == 260 - 20
     for cache in caches[1:]:
         count = cache.packed_tokens
-        assert count > 260 - 36 - BLOCK
+        assert count > 260 - 20 - BLOCK
         assert_equal_bytes(planes_of(cache), first_rows(planes_of(caches[0]), count))
 
 
@@ -397,7 +397,7 @@ def test_every_token_is_stored_close_to_what_was_fed(codec, bound, window, chunk
     cache = KVQCache(spec, ROTARY) if window is None else SlidingKVQCache(spec, window, ROTARY)
     feed(cache, keys, values, chunks)
     held = 400 if window is None else window
-    assert cache.held == held and cache.offset == 400 and cache.packed_tokens > held - 4 - 32 - BLOCK - 1
+    assert cache.held == held and cache.offset == 400 and cache.packed_tokens > held - 4 - 16 - BLOCK - 1
     found = cache.decode_all()
     for stored, fed in zip(found, (keys, values), strict=True):
         assert relative_error(stored, fed[:, :, 400 - held :]).max() < bound
@@ -467,7 +467,7 @@ def test_trimming_and_appending_again_equals_never_having_trimmed(codec, n):
     assert detour.trim(n) == n and detour.offset == 200 == detour.held
     feed(detour, keys[:, :, 200:], values[:, :, 200:], 1)
     count = min(straight.packed_tokens, detour.packed_tokens)
-    assert count > 260 - 36 - BLOCK
+    assert count > 260 - 20 - BLOCK
     assert_equal_bytes(first_rows(planes_of(detour), count), first_rows(planes_of(straight), count))
     found, expected = detour.decode_all(), straight.decode_all()
     same = np.r_[0 : 4 + count, 4 + max(straight.packed_tokens, detour.packed_tokens) : 260]
@@ -483,7 +483,7 @@ def test_trimming_every_packed_token_away_starts_over():
     assert (cache.offset, cache.held, cache.packed_tokens, cache.frame) == (2, 2, 0, None)
     assert mx.array_equal(cache.decode_all()[0], keys[:, :, :2])
     feed(cache, tokens_like_keys(15, 200)[:, :, 2:], tokens_like_values(15, 200)[:, :, 2:], 198)
-    assert cache.sink_tokens == 4 and cache.packed_tokens == 200 - 36
+    assert cache.sink_tokens == 4 and cache.packed_tokens == 200 - 20
     assert relative_error(cache.decode_all()[0][:, :, 4:], tokens_like_keys(15, 200)[:, :, 4:]).max() < 0.17
 
 
@@ -495,7 +495,7 @@ def test_compressing_after_the_prefill_keeps_the_prompt_dense_until_the_first_st
     feed(cache, keys[:, :, :301], values[:, :, :301], [120, 100, 81])
     assert cache.packed_tokens == 0 and mx.array_equal(cache.decode_all()[0], keys[:, :, :301])
     feed(cache, keys[:, :, 301:], values[:, :, 301:], 1)
-    assert cache.packed_tokens == 302 - 32
+    assert cache.packed_tokens == 302 - 16
     before_rope = np.array(turn(ROTARY, keys, 0, 302, inverse=True))[:, :, SKIP_TOKENS:]
     np.testing.assert_allclose(np.array(cache.frame.mean), before_rope.mean(axis=2, keepdims=True), atol=1e-4)
 
@@ -506,7 +506,7 @@ def test_compressing_after_the_prefill_also_holds_for_a_prompt_longer_than_the_w
     feed(cache, keys[:, :, :399], values[:, :, :399], [180, 219])
     assert cache.packed_tokens == 0 and mx.array_equal(cache.decode_all()[0], keys[:, :, 399 - WINDOW : 399])
     feed(cache, keys[:, :, 399:], values[:, :, 399:], 1)
-    assert cache.packed_tokens == WINDOW - 32
+    assert cache.packed_tokens == WINDOW - 16
     assert relative_error(cache.decode_all()[0], keys[:, :, 400 - WINDOW :]).max() < 0.17
 
 
@@ -553,7 +553,7 @@ def test_a_window_holds_exactly_its_last_tokens(sizes):
     keys, values = tokens_like_keys(21, 400), tokens_like_values(21, 400)
     cache = SlidingKVQCache(LayerSpec("identity", "identity"), WINDOW, ROTARY)
     feed(cache, keys, values, sizes)
-    assert cache.held == cache.size() == WINDOW and cache.offset == 400 and cache.packed_tokens >= WINDOW - 32 - BLOCK
+    assert cache.held == cache.size() == WINDOW and cache.offset == 400 and cache.packed_tokens >= WINDOW - 16 - BLOCK
     for stored, fed in zip(cache.decode_all(), (keys, values), strict=True):
         assert mx.array_equal(stored, fed[:, :, 400 - WINDOW :])
 
