@@ -22,7 +22,7 @@ from .handle import KVHandle
 from .rotary import Rotary, no_rotation
 from .routing import RouteLease
 
-BLOCK = 16  # tokens between two encodings during decoding, and the least the planes grow by
+BLOCK = 8  # tokens between two encodings during decoding, and the least the planes grow by
 STEP_TOKENS = 16  # a call with at most this many new tokens is a decode (or verification) step, not prefill
 STATE_VERSION = 1
 
@@ -42,9 +42,8 @@ def owned(x: mx.array) -> mx.array:
 
 
 def plane_capacity(tokens: int) -> int:
-    """Tokens allocated for `tokens` packed ones when planes grow while decoding: at most 1/256 more, plus `BLOCK`."""
-    step = max(BLOCK, tokens // 256 // BLOCK * BLOCK)
-    return (tokens + step - 1) // step * step
+    """Tokens allocated for `tokens` packed ones when planes grow while decoding: room for at most 1/256 more."""
+    return tokens + max(0, tokens // 256 // BLOCK - 1) * BLOCK
 
 
 class KVQCache(_BaseCache):

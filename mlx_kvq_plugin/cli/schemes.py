@@ -66,7 +66,7 @@ def planned_nbytes(plan: LayerPlan, tokens: int) -> int:
     A dense token takes `2 * kv_heads * (key_dim + value_dim)` bytes, a packed one `kv_heads` times the widths of both
     codecs' planes. A sliding layer holds `min(tokens, window)` tokens. A layer that mlx-lm keeps has them all dense;
     a compressed one has `sinks` (none on sliding layers) and `recent` tokens dense and the rest packed. Left out:
-    up to 16 tokens that wait to be packed, growth slack below 1/256, statistics (about 6 * key_dim bytes a KV head
+    up to 8 tokens that wait to be packed, growth slack below 1/256, statistics (about 6 * key_dim bytes a KV head
     of float32), and layers without keys and values.
     """
     geometry, spec = plan.geometry, plan.spec

@@ -74,6 +74,15 @@ def dequantize(codes: mx.array, scale: mx.array, bits: int, dtype: mx.Dtype) -> 
     return (_levels(codes, bits, mx.float32) * scale.astype(mx.float32)).astype(dtype)
 
 
+def _two_bit_levels(bits: list[tuple[mx.array, mx.array]], dtype: mx.Dtype) -> list[mx.array]:
+    """Levels from the high and the low bit of every slot: a symmetric 2-bit codebook is linear in its bits."""
+    inner, outer = odd_codebook(2).levels[2:]
+    return [
+        (high.astype(mx.float32) * (inner + outer) + (low.astype(mx.float32) * (outer - inner) - outer)).astype(dtype)
+        for high, low in bits
+    ]
+
+
 @cache
 def _slot_decoder(dim: int, stages: tuple[int, ...], dtype_name: str) -> Callable[..., list[mx.array]]:
     """Compiled: byte runs of all stages (first stage = highest bits) to codebook levels of every slot."""
@@ -82,6 +91,12 @@ def _slot_decoder(dim: int, stages: tuple[int, ...], dtype_name: str) -> Callabl
     counts = [dim * bits // 8 // slot_width(dim, bits) for bits in stages]
 
     def decode(*sources: mx.array) -> list[mx.array]:
+        if stages == (1, 1):
+            high, low = sources
+            return _two_bit_levels([((high >> i) & 1, (low >> i) & 1) for i in range(8)], dtype)
+        if stages == (2,):
+            (both,) = sources
+            return _two_bit_levels([((both >> i + 1) & 1, (both >> i) & 1) for i in range(0, 8, 2)], dtype)
         slots: list[mx.array] = []
         start, shift = 0, total
         for bits, count in zip(stages, counts, strict=True):
