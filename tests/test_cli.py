@@ -25,6 +25,7 @@ from mlx_lm.generate import main as mlx_lm_main
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import mlx_kvq_plugin as kvq
+from mlx_kvq_plugin.cache import BLOCK
 from mlx_kvq_plugin.cli import main
 from mlx_kvq_plugin.cli.schemes import planned_nbytes
 from mlx_kvq_plugin.loading import LayerPlan
@@ -370,7 +371,8 @@ def test_statistics_go_to_stderr_and_count_what_the_cache_holds(run: Run, tiny: 
     assert code == 0 and len(out) == 10  # a character a token
     assert found["prompt"].startswith(f"{len(LONG)} tokens, ")
     assert found["generation"].startswith("9 tokens, ")
-    assert f"3 of 3 layers compressed, {len(LONG) - 37} of {len(LONG) + 9} tokens packed" in found["cache"]
+    packed = len(LONG) - 1 - 36 + BLOCK  # the prefill without sinks and recent tokens, then one block of the steps
+    assert f"3 of 3 layers compressed, {packed} of {len(LONG) + 9} tokens packed" in found["cache"]
     assert found["peak memory"].endswith(" GiB")
     assert err.count("KVQCache         tq4") == 3
 
