@@ -78,9 +78,10 @@ def measurements() -> str:
         ]
         head = ["model", "text", "scheme", "KL mean", "median", "p99", "top-1", "perplexity (fp16)"]
         schemes = " ".join(dict.fromkeys(r["scheme"] for r in quality["rows"]))
-        command = f"python benchmarks/quality.py --schemes {schemes}"
+        texts = " ".join(dict.fromkeys(r["text"] for r in quality["rows"]))
+        command = f"python benchmarks/quality.py --texts {texts} --schemes {schemes}"
         if name == "defaults":
-            command += " --model smollm2 --texts documentation --name defaults"
+            command += " --model smollm2 --name defaults"
         parts.append(f"## {title}\n\n`{command}`; {quality['machine']}.\n\n{table(head, rows)}")
     decode = results("decode")
     rows = [
