@@ -12,14 +12,15 @@ Candidates are tried in order; the last accepts every well-formed call and is th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 
 from .errors import AttentionError
 
 if TYPE_CHECKING:
+    from .batch import BatchKVQCache
     from .cache import KVQCache
 
 Mask = mx.array | str | None
@@ -38,6 +39,7 @@ class AttendArgs:
         mask: `None`, `"causal"` (lower-right aligned), bool `(T,)`, `(L, T)`, `(B, 1 or Hq, L, T)`, or additive.
         sinks: attention-sink logits `(Hq,)` that join the softmax and carry no value, or `None`.
         key_dtype, value_dtype: what the model sees the tokens as.
+        softcap: scores become `softcap * tanh(scores / softcap)` before the mask (Gemma 2), or `None`.
     """
 
     queries: mx.array
@@ -47,6 +49,7 @@ class AttendArgs:
     sinks: mx.array | None
     key_dtype: mx.Dtype
     value_dtype: mx.Dtype
+    softcap: float | None = None
 
     def report(self) -> str:
         """One line with every shape, for errors."""
@@ -60,11 +63,13 @@ class AttendArgs:
 
 def attend(args: AttendArgs) -> mx.array:
     """Attention output `(B, Hq, L, Dv)` in the queries' dtype; then lets the cache pack what overflows."""
+    if args.cache.rows:
+        return attend_rows(args)
     for accepts, function in _CANDIDATES:
         if accepts(args):
             args.cache.observe_queries(args.queries)
             output = function(args)
-            args.cache.compact()
+            args.cache.settle()
             return output
     raise AttentionError(
         f"queries must be (B, Hq, L, Dk) with the cache's B and Dk and a multiple of its heads, got {args.report()}; "
@@ -72,30 +77,67 @@ def attend(args: AttendArgs) -> mx.array:
     )
 
 
+def attend_rows(args: AttendArgs) -> mx.array:
+    """A batch of sequences: each row as if it were alone, so that it computes the same; padding gives zeros."""
+    batch = cast("BatchKVQCache", args.cache)
+    rows = []
+    for i, (row, start, stop, mask) in enumerate(batch.row_calls(args.mask)):
+        new = args.queries.shape[2]
+        queries = args.queries[i : i + 1, :, start:stop]
+        output = attend(replace(args, queries=queries, cache=row, mask=mask)) if stop > start else None
+        rows.append(_pad_queries(output, start, new - stop) if output is not None else None)
+    some = next((row for row in rows if row is not None), None)
+    if some is None:
+        raise AttentionError(f"a batch must have a row with a new token, got padding only: {args.report()}")
+    return mx.concatenate([mx.zeros_like(some) if row is None else row for row in rows], axis=0)
+
+
+def _pad_queries(output: mx.array, before: int, after: int) -> mx.array:
+    return mx.pad(output, [(0, 0), (0, 0), (before, after), (0, 0)]) if before or after else output
+
+
 def attend_dense(args: AttendArgs) -> mx.array:
     """MLX's fused attention on exactly stored tokens: the same call that mlx-lm makes."""
     keys, values = args.cache.attention_tokens()
-    return mx.fast.scaled_dot_product_attention(
-        args.queries,
-        keys.astype(args.key_dtype),
-        values.astype(args.value_dtype),
-        scale=args.scale,
-        mask=args.mask,
-        sinks=args.sinks,
-    )
+    return _attention(args, keys.astype(args.key_dtype), values.astype(args.value_dtype))
 
 
 def attend_decoded(args: AttendArgs) -> mx.array:
     """MLX's fused attention on decoded tokens: the reference. Allocates this layer's dense K and V."""
     keys, values = args.cache.decode_all()
-    return mx.fast.scaled_dot_product_attention(
-        args.queries,
-        keys.astype(args.queries.dtype),
-        values.astype(args.queries.dtype),
-        scale=args.scale,
-        mask=args.mask,
-        sinks=args.sinks,
-    )
+    return _attention(args, keys.astype(args.queries.dtype), values.astype(args.queries.dtype))
+
+
+def _attention(args: AttendArgs, keys: mx.array, values: mx.array) -> mx.array:
+    """MLX's fused attention, or its formula where scores are capped, which the fused one cannot do."""
+    if args.softcap is None:
+        return mx.fast.scaled_dot_product_attention(
+            args.queries, keys, values, scale=args.scale, mask=args.mask, sinks=args.sinks
+        )
+    if args.sinks is not None:
+        raise AttentionError(f"capped scores must come without attention sinks, got {args.report()}; drop one of them")
+    return softcapped_attention(args.queries, keys, values, args.scale, args.softcap, args.mask)
+
+
+def softcapped_attention(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, softcap: float, mask: Mask
+) -> mx.array:
+    """Attention `(B, Hq, L, Dv)` whose scores are `softcap * tanh(scores / softcap)`; the operations of mlx-lm's Gemma 2
+    in its order, with every mask of `AttendArgs`. Allocates the scores `(B, Hq, L, T)`.
+    """
+    B, Hq, L, Dk = queries.shape
+    Hkv, total = keys.shape[1], keys.shape[2]
+    q = (queries * scale).reshape(B, Hkv, Hq // Hkv, L, Dk)
+    scores = q @ keys[:, :, None].swapaxes(-1, -2)
+    scores = mx.tanh(scores / softcap) * softcap
+    if isinstance(mask, str):
+        mask = mx.arange(total - L, total)[:, None] >= mx.arange(total)
+    if mask is not None and mask.dtype == mx.bool_:
+        scores = mx.where(_grouped(mask, Hkv), scores, mx.array(mx.finfo(scores.dtype).min, scores.dtype))
+    elif mask is not None:
+        scores = scores + _grouped(mask, Hkv)
+    weights = mx.softmax(scores, precise=True, axis=-1)
+    return (weights @ values[:, :, None]).reshape(B, Hq, L, values.shape[-1])
 
 
 def attend_packed(args: AttendArgs) -> mx.array:
@@ -116,6 +158,8 @@ def attend_packed(args: AttendArgs) -> mx.array:
     dense = (q.astype(dtype) @ dense_keys.astype(dtype).swapaxes(-1, -2)).astype(mx.float32)
 
     scores = mx.concatenate([dense, packed], axis=-1)
+    if args.softcap is not None:
+        scores = mx.tanh(scores / args.softcap) * args.softcap
     scores = _masked(scores, args.mask, cache, Hq, L)
     weights = _softmax(scores, args.sinks, Hkv, L).astype(dtype)
 
@@ -145,16 +189,21 @@ def _masked(scores: mx.array, mask: Mask, cache: KVQCache, Hq: int, L: int) -> m
     sinks, packed = cache.sink_tokens, cache.packed_tokens
     parts = [mask[..., :sinks], mask[..., sinks + packed :], mask[..., sinks : sinks + packed]]
     mask = mx.concatenate(parts, axis=-1)
-    while mask.ndim < 4:
-        mask = mask[None]
     B, Hkv = scores.shape[:2]
     grouped = scores.reshape(B, Hkv, Hq // Hkv, L, total)
-    mask = mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(mask.shape[0], Hkv, Hq // Hkv, *mask.shape[2:])
+    mask = _grouped(mask, Hkv)
     if mask.dtype == mx.bool_:
         grouped = mx.where(mask, grouped, mx.finfo(mx.float32).min)
     else:
         grouped = grouped + mask.astype(mx.float32)
     return grouped.reshape(scores.shape)
+
+
+def _grouped(mask: mx.array, Hkv: int) -> mx.array:
+    """A mask of up to four axes as `(B or 1, Hkv or 1, rep or 1, L, T)`."""
+    while mask.ndim < 4:
+        mask = mask[None]
+    return mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(mask.shape[0], Hkv, -1, *mask.shape[2:])
 
 
 def _softmax(scores: mx.array, sinks: mx.array | None, Hkv: int, L: int) -> mx.array:

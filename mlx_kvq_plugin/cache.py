@@ -9,10 +9,11 @@ token is encoded once, never again. `update_and_fetch` returns a `KVHandle` inst
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import mlx.core as mx
-from mlx_lm.models.cache import _BaseCache, create_attention_mask
+from mlx_lm.models.cache import BatchKVCache, _BaseCache, create_attention_mask
 
 from .codecs import Codec, get_codec
 from .config import LayerSpec
@@ -21,6 +22,9 @@ from .frame import MIN_TOKENS, SKIP_TOKENS, KeyFrame, fit_frame, query_energy
 from .handle import KVHandle
 from .rotary import Rotary, no_rotation
 from .routing import RouteLease
+
+if TYPE_CHECKING:
+    from .batch import BatchKVQCache
 
 BLOCK = 8  # tokens between two encodings during decoding, and the least the planes grow by
 STEP_TOKENS = 16  # a call with at most this many new tokens is a decode (or verification) step, not prefill
@@ -49,16 +53,20 @@ def plane_capacity(tokens: int) -> int:
 class KVQCache(_BaseCache):
     """The compressed cache of one full-attention layer; mlx-lm's single-sequence cache protocol, B >= 1."""
 
-    def __init__(self, spec: LayerSpec, rotary: Rotary | None = None, route: str = ""):
+    rows: ClassVar[tuple[()]] = ()  # only a batch (batch.py) has caches inside
+
+    def __init__(self, spec: LayerSpec, rotary: Rotary | None = None, route: str = "", shared: bool = False):
         """
         Args:
             spec: codecs, frame, sinks, recent.
             rotary: the layer's rotation (rotary.py); `None` removes a plain mean in the key frame.
             route: name of the module whose attention is routed, so that a saved cache works after loading.
+            shared: later layers attend to the same tokens after this one: packing waits until they have.
         """
         self.spec = spec
         self.rotary = rotary if rotary is not None else no_rotation()
         self.route = route
+        self.shared = shared
         self._clear()
 
     def _clear(self) -> None:
@@ -75,7 +83,8 @@ class KVQCache(_BaseCache):
         self.frame: KeyFrame | None = None
         self._frozen = False  # whether frame and codec statistics are fitted
         self._query_energy: mx.array | None = None
-        self._step = True  # whether the newest tokens came in a step, not in a prefill chunk
+        self._newest = 0  # tokens of the newest call
+        self._step = True  # whether they came in a step, not in a prefill chunk
 
     # ---- facts -------------------------------------------------------------------------------------------------
 
@@ -159,7 +168,7 @@ class KVQCache(_BaseCache):
         L = keys.shape[2]
         self._append_dense(keys, values)
         self.offset += L
-        self._step = L <= STEP_TOKENS
+        self._newest, self._step = L, L <= STEP_TOKENS
         return self._handles(keys.dtype, values.dtype)
 
     def keys_and_values(self) -> tuple[Any, Any]:
@@ -202,7 +211,25 @@ class KVQCache(_BaseCache):
             energy = query_energy(queries, self.dense_keys.shape[1])
             self._query_energy = energy if self._query_energy is None else self._query_energy + energy
 
+    @property
+    def keys(self) -> mx.array | None:
+        """The dense keys, settable: pipeline-parallel models make them depend on what they send (`mx.depends`)."""
+        return self.dense_keys
+
+    @keys.setter
+    def keys(self, keys: mx.array) -> None:
+        self.dense_keys = keys
+
     # ---- packing -----------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Called when the attention of the newest tokens is done: pack, unless that has to wait for the next call.
+
+        It waits while other layers still read these tokens, and after a step of several tokens (the verification of
+        speculative decoding), whose last ones may be trimmed: tokens that were rejected never move the packed ones.
+        """
+        if not self.shared and not 1 < self._newest <= STEP_TOKENS:
+            self.compact()
 
     def compact(self) -> None:
         """Pack the dense tokens beyond `recent` if there are enough of them; a token is packed once."""
@@ -212,8 +239,8 @@ class KVQCache(_BaseCache):
         if self.spec.compress_after == "prefill" and not self._step:
             return
         self._frozen = self._frozen or self._freeze()
-        if self._frozen:
-            self._pack(overflow)
+        if self._frozen:  # steps of any size pack at the same tokens: whole blocks
+            self._pack(overflow // BLOCK * BLOCK if self._step else overflow)
 
     def _freeze(self) -> bool:
         """Fit frame and codec statistics from the dense tokens; False while there are too few for the frame."""
@@ -323,6 +350,23 @@ class KVQCache(_BaseCache):
         """`decode_all`, in the order in which mlx-lm's own cache would return the tokens."""
         return self.decode_all()
 
+    def mask_in_own_order(self, mask: mx.array) -> mx.array:
+        """A mask over tokens in order of age, in the order that this cache's own `make_mask` uses."""
+        return mask
+
+    # ---- batches -----------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def merge(caches: Sequence[KVQCache]) -> BatchKVQCache:
+        """One batch of the caches of several sequences, which stay usable by themselves."""
+        from .batch import BatchKVQCache
+
+        return BatchKVQCache.of(caches)
+
+    def batch_ledger(self, left_padding: list[int]) -> Any:
+        """mlx-lm's batch cache of this kind, without tokens (batch.py)."""
+        return BatchKVCache(left_padding)
+
     # ---- trimming ----------------------------------------------------------------------------------------------
 
     def is_trimmable(self) -> bool:
@@ -334,7 +378,6 @@ class KVQCache(_BaseCache):
         n = min(n, self.offset)
         if n <= 0:
             return 0
-        self.compact()
         recent = self._dense - self.sink_tokens if self._packed else self._dense
         from_packed = min(max(0, n - recent), self._packed)
         from_sinks = max(0, n - recent - from_packed)
@@ -375,6 +418,7 @@ class KVQCache(_BaseCache):
             "packed": self._packed,
             "dense": self._dense,
             "step": self._step,
+            "shared": self.shared,
             "frozen": self._frozen,
         }
         if self.dense_keys is not None:
@@ -385,7 +429,8 @@ class KVQCache(_BaseCache):
 
     @property
     def state(self) -> dict[str, Any]:
-        """Everything needed to go on, self-describing: arrays without slack and one JSON string."""
+        """Everything needed to go on, self-describing: arrays without slack and one JSON string; packs first."""
+        self.compact()
         state: dict[str, Any] = {"meta": json.dumps(self._meta(), sort_keys=True)}
         if self.dense_keys is not None:
             keys, values = self.dense_tokens()
@@ -412,6 +457,7 @@ class KVQCache(_BaseCache):
         for config in meta["codecs"]:
             Codec.from_json(config)
         KVQCache.__init__(self, LayerSpec(**meta["spec"]), Rotary.from_dict(meta["rotary"]), meta["route"])
+        self.shared = meta.get("shared", False)
         self.offset, self._packed, self._dense = meta["offset"], meta["packed"], meta["dense"]
         self._step, self._frozen = meta["step"], meta["frozen"]
         if "dense" in state:

@@ -6,9 +6,11 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import BatchRotatingKVCache
 
 from .cache import BLOCK, KVQCache, owned
 from .config import LayerSpec
+from .errors import CacheStateError
 from .frame import MIN_TOKENS, SKIP_TOKENS
 from .rotary import Rotary
 
@@ -21,28 +23,34 @@ def smallest_window(spec: LayerSpec) -> int:
 class SlidingKVQCache(KVQCache):
     """The last `max_size` tokens of one layer, older ones packed, `recent` ones dense; no sinks: they slide out."""
 
-    def __init__(self, spec: LayerSpec, max_size: int, rotary: Rotary | None = None, route: str = ""):
+    def __init__(
+        self, spec: LayerSpec, max_size: int, rotary: Rotary | None = None, route: str = "", shared: bool = False
+    ):
         """
         Args:
             max_size: tokens a query sees, itself included.
-            spec, rotary, route: as for `KVQCache`; `spec.sinks` is taken as 0.
+            spec, rotary, route, shared: as for `KVQCache`; `spec.sinks` is taken as 0.
         """
-        super().__init__(spec.with_(sinks=0), rotary, route)
+        super().__init__(spec.with_(sinks=0), rotary, route, shared)
         self.max_size = max_size
 
     def _clear(self) -> None:
         super()._clear()
         self._ring = 0  # slots of mlx-lm's full ring that hold tokens newer than its slot 0
+        self._rollback = 0  # newest tokens that can be trimmed although others have left the window
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         L = keys.shape[2]
         self.compact()  # what an attention that never ran left behind
         self._evict(self.max_size - 1)
         self._ring = self._ring % self.max_size + 1 if L == 1 and self.offset >= self.max_size else 0
-        return super().update_and_fetch(keys, values)
+        handles = super().update_and_fetch(keys, values)
+        self._rollback = L - 1 if self._step else 0
+        return handles
 
     def compact(self) -> None:
         """Forget what left the window, then pack."""
+        self._rollback = 0
         if self.spec.compress_after != "prefill" or self._step:
             self._freeze_before_eviction()
         self._evict(self.max_size)
@@ -81,6 +89,15 @@ class SlidingKVQCache(KVQCache):
         newest = self.max_size - self._ring
         return mx.concatenate([x[..., newest:, :], x[..., :newest, :]], axis=2)
 
+    def mask_in_own_order(self, mask: mx.array) -> mx.array:
+        if self._ring == 0 or not self.exact:
+            return mask
+        newest = self.max_size - self._ring
+        return mx.concatenate([mask[..., newest:], mask[..., :newest]], axis=-1)
+
+    def batch_ledger(self, left_padding: list[int]) -> Any:
+        return BatchRotatingKVCache(self.max_size, left_padding)
+
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False) -> Any:
         """The mask for N new tokens after the stored ones, as mlx-lm's rotating cache gives it."""
         past = min(self.max_size - 1, self.offset)
@@ -100,12 +117,28 @@ class SlidingKVQCache(KVQCache):
         return min(self.held, self.max_size)
 
     def is_trimmable(self) -> bool:
-        """While nothing has left the window."""
-        return self.held == self.offset
+        """While nothing has left the window, and right after a step of several tokens, which keeps what it pushed out.
+
+        So speculative decoding is exact past the window: it verifies L tokens in one step and trims fewer than L.
+        """
+        return self.held == self.offset or self._rollback > 0
 
     def trim(self, n: int) -> int:
-        """As `KVQCache.trim`; drops nothing and returns 0 once tokens have left the window."""
-        return super().trim(n) if self.is_trimmable() else 0
+        """As `KVQCache.trim`; drops nothing and returns 0 when the cache is not trimmable.
+
+        Raises:
+            CacheStateError: past the window, for more tokens than the newest step can give back.
+        """
+        if not self.is_trimmable():
+            return 0
+        if self.held != self.offset:
+            if n > self._rollback:
+                raise CacheStateError(
+                    f"past its window a sliding cache must be trimmed by at most the {self._rollback} tokens that "
+                    f"followed the first of the newest step, got {n}; verify more tokens in one step, or start afresh"
+                )
+            self._rollback = 0
+        return super().trim(n)
 
     def _meta(self) -> dict[str, Any]:
         return {**super()._meta(), "max_size": self.max_size, "ring": self._ring}
