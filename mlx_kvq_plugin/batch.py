@@ -47,7 +47,7 @@ class BatchKVQCache(mlx_cache._BaseCache):
     def _clear_padding(self) -> None:
         self._left = [0] * len(self.rows)  # padding still to come before each row's first token
         self._to_come: list[int] | None = None  # real tokens still to come, when padding follows them
-        self._pads = [0] * len(self.rows)  # columns of the ledger after each row's last token
+        self._pads = [0] * len(self.rows)  # columns after each row's last token, if the newest call brought it any
 
     @staticmethod
     def of(caches: Sequence[KVQCache]) -> BatchKVQCache:
@@ -125,9 +125,10 @@ class BatchKVQCache(mlx_cache._BaseCache):
 
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False) -> Any:
         """The mask `(B, 1, N, T)` for N new tokens, as mlx-lm's batch cache gives it."""
-        if window_size is None:
-            return self.ledger.make_mask(N, return_array=return_array)
-        return self.ledger.make_mask(N, return_array=return_array, window_size=window_size)
+        window = {} if window_size is None else {"window_size": window_size}
+        if self._last_of_padded(N):
+            return self.ledger.make_mask(2, return_array=return_array, **window)[..., :1, :-1]
+        return self.ledger.make_mask(N, return_array=return_array, **window)
 
     # ---- new tokens --------------------------------------------------------------------------------------------
 
@@ -140,12 +141,17 @@ class BatchKVQCache(mlx_cache._BaseCache):
                 "give every sequence a cache"
             )
         blank = _blank(B, L)
-        self._columns = self.ledger.update_and_fetch(blank, blank)[0].shape[2]
+        update = self.ledger._update_concat if self._last_of_padded(L) else self.ledger.update_and_fetch
+        self._columns = update(blank, blank)[0].shape[2]
         self._spans = [self._span(i, L) for i in range(B)]
         for i, (row, (start, stop)) in enumerate(zip(self.rows, self._spans, strict=True)):
             if stop > start:
                 row.update_and_fetch(keys[i : i + 1, :, start:stop], values[i : i + 1, :, start:stop])
         return self._handles(keys, values)
+
+    def _last_of_padded(self, L: int) -> bool:
+        """Whether one token comes as the last chunk of padded prompts, which mlx-lm's ring takes for a decode step."""
+        return L == 1 and self._to_come is not None and isinstance(self.ledger, mlx_cache.BatchRotatingKVCache)
 
     def _span(self, row: int, L: int) -> tuple[int, int]:
         """Which of L new tokens of a row are real; keeps count of its padding."""
@@ -155,8 +161,7 @@ class BatchKVQCache(mlx_cache._BaseCache):
         if self._to_come is not None:
             stop = min(L, start + self._to_come[row])
             self._to_come[row] -= stop - start
-            past = 0 if isinstance(self.ledger, mlx_cache.BatchRotatingKVCache) else self._pads[row]
-            self._pads[row] = past + L - stop  # a rotating ledger rolls earlier padding to the left by itself
+            self._pads[row] = L - stop
         return start, stop
 
     def keys_and_values(self) -> tuple[Any, Any]:

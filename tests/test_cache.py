@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import gc
 import threading
-from typing import Any, ClassVar
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from mlx.utils import tree_map
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, RotatingKVCache
@@ -123,135 +123,7 @@ def same_mask(found: Any, expected: Any) -> bool:
     return found is expected or found == expected
 
 
-# ---- random histories against mlx-lm's caches --------------------------------------------------------------------
-
-
-class History(RuleBasedStateMachine):
-    """The same operations on a compressed cache with lossless codecs and on mlx-lm's cache."""
-
-    HEADS: ClassVar[int] = 4
-    KV_HEADS: ClassVar[int] = 2
-
-    cache: Any
-    stock: Any
-
-    def new_caches(self, sinks: int, recent: int) -> None:
-        raise NotImplementedError
-
-    def live(self) -> tuple[mx.array, mx.array]:
-        """The tokens in order that the cache must hold."""
-        raise NotImplementedError
-
-    @initialize(seed=st.integers(0, 2**16), sinks=st.sampled_from([0, 1, 4]), recent=st.sampled_from([0, 7, 32]))
-    def start(self, seed: int, sinks: int, recent: int) -> None:
-        self.rng = np.random.default_rng(seed)
-        self.kept: list[tuple[Any, mx.array, mx.array]] = []
-        self.new_caches(sinks, recent)
-
-    def attend_both(self, L: int) -> None:
-        q, k, v = (normal(self.rng, 1, h, L, D) for h in (self.HEADS, self.KV_HEADS, self.KV_HEADS))
-        window = getattr(self.stock, "max_size", None)
-        mask, stock_mask = (mask_of(c, L, window_size=window) for c in (self.cache, self.stock))
-        assert same_mask(mask, stock_mask)
-        found = ROUTED(q, *self.cache.update_and_fetch(k, v), cache=self.cache, scale=0.4, mask=mask)
-        tokens = self.stock.update_and_fetch(k, v)
-        expected = scaled_dot_product_attention(q, *tokens, cache=self.stock, scale=0.4, mask=stock_mask)
-        assert mx.array_equal(found, expected)
-
-    @rule(count=st.integers(1, 40))
-    def steps(self, count: int) -> None:
-        for _ in range(count):
-            self.attend_both(1)
-
-    @rule(L=st.integers(2, 40))
-    def chunk(self, L: int) -> None:
-        self.attend_both(L)
-
-    @rule(L=st.sampled_from([100, 150, 200]))
-    def long_chunk(self, L: int) -> None:
-        self.attend_both(L)
-
-    @precondition(lambda self: self.stock.is_trimmable())
-    @rule(n=st.integers(0, 60))
-    def trim(self, n: int) -> None:
-        assert self.cache.is_trimmable()
-        assert self.cache.trim(n) == self.stock.trim(n)
-
-    @precondition(lambda self: self.stock.is_trimmable())
-    @rule(part=st.floats(0, 1.1))
-    def trim_a_part(self, part: float) -> None:
-        n = int(part * self.stock.offset)
-        assert self.cache.trim(n) == self.stock.trim(n)
-
-    @rule()
-    def copy_and_go_on(self) -> None:
-        if not self.cache.empty():
-            self.kept.append((self.cache, *(mx.array(np.array(x)) for x in self.cache.decode_all())))
-        self.cache = copy.deepcopy(self.cache)
-
-    @rule()
-    def save_and_restore(self) -> None:
-        self.cache = restored(self.cache)
-
-    @invariant()
-    def equal(self) -> None:
-        if not hasattr(self, "cache") or self.cache.empty():
-            return
-        keys, values = self.live()
-        found = self.cache.decode_all()
-        assert mx.array_equal(found[0], keys) and mx.array_equal(found[1], values)
-        assert self.cache.offset == self.stock.offset and self.cache.size() == self.stock.size()
-        for N in (1, 2, 5):
-            for arguments in ({}, {"return_array": True}, {"window_size": 33}, {"window_size": 500}):
-                if "window_size" not in arguments or isinstance(self.stock, KVCache):
-                    assert same_mask(mask_of(self.cache, N, **arguments), mask_of(self.stock, N, **arguments))
-
-    def teardown(self) -> None:
-        for cache, keys, values in getattr(self, "kept", []):
-            found = cache.decode_all()
-            assert mx.array_equal(found[0], keys) and mx.array_equal(found[1], values), "a copy changed its source"
-
-
-class FullHistory(History):
-    def new_caches(self, sinks: int, recent: int) -> None:
-        self.cache = KVQCache(LayerSpec("identity", "identity", sinks=sinks, recent=recent), ROTARY)
-        self.stock = KVCache()
-
-    def live(self) -> tuple[mx.array, mx.array]:
-        keys, values = self.stock.keys_and_values()
-        return keys[..., : self.stock.offset, :], values[..., : self.stock.offset, :]
-
-    @precondition(lambda self: not self.cache.empty())
-    @rule()
-    def trim_everything(self) -> None:
-        assert self.cache.trim(10**6) == self.stock.trim(10**6)
-        assert self.cache.size() == self.cache.packed_tokens == 0
-
-
-class SlidingHistory(History):
-    def new_caches(self, sinks: int, recent: int) -> None:
-        self.cache = SlidingKVQCache(LayerSpec("identity", "identity", sinks=sinks, recent=recent), WINDOW, ROTARY)
-        self.stock = RotatingKVCache(max_size=WINDOW)
-
-    def live(self) -> tuple[mx.array, mx.array]:
-        """A chunk leaves more than a window in mlx-lm's cache until the next update; ours lets go at once."""
-        keys, values = (self.stock._temporal_order(x) for x in (self.stock.keys, self.stock.values))
-        return keys[..., -WINDOW:, :], values[..., -WINDOW:, :]
-
-    @invariant()
-    def equal_windowed_masks(self) -> None:
-        """Also for windows below the cache's own, whose step masks follow the order of the ring."""
-        if hasattr(self, "cache"):
-            for window in (33, WINDOW - 1, WINDOW):
-                for N in (1, 2, 20):
-                    found, expected = (mask_of(c, N, window_size=window) for c in (self.cache, self.stock))
-                    assert same_mask(found, expected)
-
-
-TestFullHistory = FullHistory.TestCase
-TestFullHistory.settings = SETTINGS
-TestSlidingHistory = SlidingHistory.TestCase
-TestSlidingHistory.settings = SETTINGS
+# ---- random histories, lossy codecs (test_cache_histories.py has the lossless ones) -------------------------------
 
 
 class LossyHistory(RuleBasedStateMachine):
@@ -296,6 +168,8 @@ class LossyHistory(RuleBasedStateMachine):
 
     @rule(n=st.integers(0, 70))
     def trim(self, n: int) -> None:
+        if self.cache.held < self.cache.offset:
+            n = min(n, self.cache._rollback)
         n = self.cache.trim(n)
         self.keys, self.values = (x[:, :, : x.shape[2] - n] for x in (self.keys, self.values))
 
