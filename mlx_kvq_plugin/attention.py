@@ -65,6 +65,10 @@ def attend(args: AttendArgs) -> mx.array:
     """Attention output `(B, Hq, L, Dv)` in the queries' dtype; then lets the cache pack what overflows."""
     if args.cache.rows:
         return attend_rows(args)
+    parts = args.cache.step_parts(args.queries.shape[2]) if args.mask is not None else []
+    if parts:
+        args.cache.observe_queries(args.queries)
+        return attend_parts(args, parts)
     for accepts, function in _CANDIDATES:
         if accepts(args):
             args.cache.observe_queries(args.queries)
@@ -90,6 +94,21 @@ def attend_rows(args: AttendArgs) -> mx.array:
     if some is None:
         raise AttentionError(f"a batch must have a row with a new token, got padding only: {args.report()}")
     return mx.concatenate([mx.zeros_like(some) if row is None else row for row in rows], axis=0)
+
+
+def attend_parts(args: AttendArgs, parts: list[tuple[int, int]]) -> mx.array:
+    """A step of several tokens as single steps would compute it, which pack in between: in parts, on a view."""
+    view, keys, values = args.cache.before_newest()
+    L, outputs = args.queries.shape[2], []
+    for start, stop in parts:
+        view.update_and_fetch(keys[..., start:stop, :], values[..., start:stop, :])
+        mask = args.mask
+        if isinstance(mask, mx.array):
+            last = mask.shape[-1] - L + stop
+            mask = mask[..., start:stop, last - view.held : last]
+        outputs.append(attend(replace(args, queries=args.queries[..., start:stop, :], cache=view, mask=mask)))
+        view.compact()
+    return mx.concatenate(outputs, axis=2)
 
 
 def _pad_queries(output: mx.array, before: int, after: int) -> mx.array:
@@ -122,8 +141,9 @@ def _attention(args: AttendArgs, keys: mx.array, values: mx.array) -> mx.array:
 def softcapped_attention(
     queries: mx.array, keys: mx.array, values: mx.array, scale: float, softcap: float, mask: Mask
 ) -> mx.array:
-    """Attention `(B, Hq, L, Dv)` whose scores are `softcap * tanh(scores / softcap)`; the operations of mlx-lm's Gemma 2
-    in its order, with every mask of `AttendArgs`. Allocates the scores `(B, Hq, L, T)`.
+    """Attention `(B, Hq, L, Dv)` whose scores are `softcap * tanh(scores / softcap)`, with every mask of `AttendArgs`.
+
+    The operations of mlx-lm's Gemma 2 in its order; allocates the scores `(B, Hq, L, T)`.
     """
     B, Hq, L, Dk = queries.shape
     Hkv, total = keys.shape[1], keys.shape[2]

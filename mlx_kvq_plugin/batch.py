@@ -128,6 +128,8 @@ class BatchKVQCache(mlx_cache._BaseCache):
         window = {} if window_size is None else {"window_size": window_size}
         if self._last_of_padded(N):
             return self.ledger.make_mask(2, return_array=return_array, **window)[..., :1, :-1]
+        if N > 1 and self._rotates:
+            self.ledger._temporal_order()  # or the mask of a full ring leaves out the oldest token of a padded row
         return self.ledger.make_mask(N, return_array=return_array, **window)
 
     # ---- new tokens --------------------------------------------------------------------------------------------
@@ -151,7 +153,11 @@ class BatchKVQCache(mlx_cache._BaseCache):
 
     def _last_of_padded(self, L: int) -> bool:
         """Whether one token comes as the last chunk of padded prompts, which mlx-lm's ring takes for a decode step."""
-        return L == 1 and self._to_come is not None and isinstance(self.ledger, mlx_cache.BatchRotatingKVCache)
+        return L == 1 and self._to_come is not None and self._rotates
+
+    @property
+    def _rotates(self) -> bool:
+        return isinstance(self.ledger, mlx_cache.BatchRotatingKVCache)
 
     def _span(self, row: int, L: int) -> tuple[int, int]:
         """Which of L new tokens of a row are real; keeps count of its padding."""
@@ -201,9 +207,8 @@ class BatchKVQCache(mlx_cache._BaseCache):
                 f"a mask must have one column for each of the batch's {self._columns} columns, got {mask.shape}; "
                 "make it with this cache's make_mask"
             )
-        ledger = self.ledger
-        if isinstance(ledger, mlx_cache.BatchRotatingKVCache) and ledger.rotated:
-            return mx.roll(mask, -ledger._idx, -1)
+        if self._rotates and self.ledger.rotated:
+            return mx.roll(mask, -self.ledger._idx, -1)
         return mask
 
     @property

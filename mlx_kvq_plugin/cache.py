@@ -8,6 +8,7 @@ token is encoded once, never again. `update_and_fetch` returns a `KVHandle` inst
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -53,7 +54,7 @@ def plane_capacity(tokens: int) -> int:
 class KVQCache(_BaseCache):
     """The compressed cache of one full-attention layer; mlx-lm's single-sequence cache protocol, B >= 1."""
 
-    rows: ClassVar[tuple[()]] = ()  # only a batch (batch.py) has caches inside
+    rows: ClassVar[Sequence[KVQCache]] = ()  # only a batch (batch.py) has caches inside
 
     def __init__(self, spec: LayerSpec, rotary: Rotary | None = None, route: str = "", shared: bool = False):
         """
@@ -83,6 +84,7 @@ class KVQCache(_BaseCache):
         self.frame: KeyFrame | None = None
         self._frozen = False  # whether frame and codec statistics are fitted
         self._query_energy: mx.array | None = None
+        self._step_energy: mx.array | None = None  # the same per token, of a step whose tokens may be trimmed
         self._newest = 0  # tokens of the newest call
         self._step = True  # whether they came in a step, not in a prefill chunk
 
@@ -129,7 +131,7 @@ class KVQCache(_BaseCache):
         return self.offset - self.held + self.sink_tokens
 
     def _arrays(self) -> list[mx.array]:
-        found = [self.dense_keys, self.dense_values, self._query_energy]
+        found = [self.dense_keys, self.dense_values, self._query_energy, self._step_energy]
         for planes in (self.key_planes, self.value_planes, self.key_statistics, self.value_statistics):
             found += planes.values()
         if self.frame is not None:
@@ -207,8 +209,12 @@ class KVQCache(_BaseCache):
 
     def observe_queries(self, queries: mx.array) -> None:
         """Add the queries `(B, Hq, L, Dk)` of the newest tokens to the statistics, until the frame is frozen."""
-        if not self._frozen and self.uses_frame and self.dense_keys is not None:
-            energy = query_energy(queries, self.dense_keys.shape[1])
+        if self._frozen or not self.uses_frame or self.dense_keys is None:
+            return
+        energy = query_energy(queries, self.dense_keys.shape[1], per_token=self._waits)
+        if self._waits:
+            self._step_energy = energy if self._step_energy is None else self._step_energy + energy
+        else:
             self._query_energy = energy if self._query_energy is None else self._query_energy + energy
 
     @property
@@ -222,36 +228,87 @@ class KVQCache(_BaseCache):
 
     # ---- packing -----------------------------------------------------------------------------------------------
 
+    @property
+    def _waits(self) -> bool:
+        """Whether the newest tokens came in a step of several: speculative decoding, which may trim some of them."""
+        return self._step and self._newest > 1
+
     def settle(self) -> None:
         """Called when the attention of the newest tokens is done: pack, unless that has to wait for the next call.
 
-        It waits while other layers still read these tokens, and after a step of several tokens (the verification of
-        speculative decoding), whose last ones may be trimmed: tokens that were rejected never move the packed ones.
+        It waits while other layers still read these tokens, and while the last of them may be trimmed, so that a
+        rejected token never moves the packed ones.
         """
-        if not self.shared and not 1 < self._newest <= STEP_TOKENS:
+        if not self.shared and not self._waits:
             self.compact()
 
     def compact(self) -> None:
-        """Pack the dense tokens beyond `recent` if there are enough of them; a token is packed once."""
+        """Pack the dense tokens beyond `recent` if there are enough of them; a token is packed once.
+
+        After a step of several tokens this gives what single steps of the same tokens would have given.
+        """
         overflow = self._dense - self.sink_tokens - self.spec.recent
-        if self.dense_keys is None or overflow < BLOCK:
-            return
-        if self.spec.compress_after == "prefill" and not self._step:
-            return
-        self._frozen = self._frozen or self._freeze()
-        if self._frozen:  # steps of any size pack at the same tokens: whole blocks
-            self._pack(overflow // BLOCK * BLOCK if self._step else overflow)
+        if overflow >= BLOCK and (self._step or self.spec.compress_after == "chunk"):
+            self._frozen = self._frozen or self._freeze()
+            if self._frozen:
+                self._pack(overflow // BLOCK * BLOCK if self._step else overflow)
+        if self._step_energy is not None:
+            if not self._frozen:
+                energy = mx.sum(self._step_energy, axis=2, keepdims=True)
+                self._query_energy = energy if self._query_energy is None else self._query_energy + energy
+            self._step_energy = None
+
+    def step_parts(self, L: int) -> list[tuple[int, int]]:
+        """Ranges of the newest L tokens between which single steps would pack; empty if they would not."""
+        if not self._waits or self.exact:
+            return []
+        parts, start, frozen = [], 0, self._frozen
+        dense = self._dense - L
+        for stop in range(1, L):
+            dense += 1
+            overflow = dense - min(self.spec.sinks, dense) - self.spec.recent
+            if overflow >= BLOCK and (frozen or dense >= self._tokens_to_freeze()):
+                parts.append((start, stop))
+                start, frozen = stop, True
+                dense -= overflow // BLOCK * BLOCK
+        return [*parts, (start, L)] if parts else []
+
+    def before_newest(self) -> tuple[KVQCache, mx.array, mx.array]:
+        """A view of this cache before its newest tokens, to be used up before this cache changes, and those tokens.
+
+        The view shares the arrays. What it appends lands where this cache has the same tokens, or in unused rows.
+        """
+        assert self.dense_keys is not None and self.dense_values is not None
+        view = copy.copy(self)
+        rest = self._dense - self._newest
+        view._dense, view.offset, view.shared, view._step_energy = rest, self.offset - self._newest, False, None
+        keys, values = (x[..., rest : self._dense, :] for x in (self.dense_keys, self.dense_values))
+        return view, keys, values
+
+    def _tokens_to_freeze(self) -> int:
+        """Dense tokens that the frame's statistics need."""
+        if not self.uses_frame:
+            return 0
+        return MIN_TOKENS + max(0, SKIP_TOKENS - (self.offset - self.held))
 
     def _freeze(self) -> bool:
         """Fit frame and codec statistics from the dense tokens; False while there are too few for the frame."""
         assert self.dense_keys is not None and self.dense_values is not None
-        keys, values = (x[..., : self._dense, :] for x in (self.dense_keys, self.dense_values))
+        needed = self._tokens_to_freeze()
+        if self._dense < needed:
+            return False
+        count, energy = self._dense, self._query_energy
+        if self._waits:  # as many as when single steps would have frozen them
+            before = self._dense - self._newest
+            count = max(needed, self.spec.sinks + self.spec.recent + BLOCK, before + 1)
+            if self._step_energy is not None:
+                own = mx.sum(self._step_energy[..., : count - before, :], axis=2, keepdims=True)
+                energy = own if energy is None else energy + own
+        keys, values = (x[..., :count, :] for x in (self.dense_keys, self.dense_values))
         first = self.offset - self._dense
         skip = max(0, SKIP_TOKENS - first)
         if self.uses_frame:
-            if self._dense - skip < MIN_TOKENS:
-                return False
-            self.frame = fit_frame(self.rotary, keys[..., skip:, :], first + skip, self._query_energy)
+            self.frame = fit_frame(self.rotary, keys[..., skip:, :], first + skip, energy)
             self._query_energy = None
             body = self.frame.encode(keys[..., skip:, :], first + skip)
         else:
@@ -384,6 +441,9 @@ class KVQCache(_BaseCache):
         self._dense -= min(n, recent) + from_sinks
         self._packed -= from_packed
         self.offset -= n
+        self._newest = max(0, self._newest - n)
+        if self._step_energy is not None:
+            self._step_energy = self._step_energy[..., : self._newest, :] if self._newest else None
         if self._packed == 0:
             self._forget_packed()
         elif from_packed:
@@ -396,7 +456,7 @@ class KVQCache(_BaseCache):
         self.key_statistics, self.value_statistics = {}, {}
         self.frame, self._frozen, self._packed_start = None, False, 0
         if self._dense == 0:
-            self._query_energy = None
+            self._query_energy = self._step_energy = None
 
     def _fit_planes(self) -> None:
         """Give back the rows of trimmed tokens when they are more than growth would allocate."""

@@ -63,11 +63,12 @@ class KeyFrame:
         return turned_scores(self.rotary, queries.astype(mx.float32), self.mean, start, length)
 
 
-def query_energy(queries: mx.array, kv_heads: int) -> mx.array:
-    """Sum over tokens and the group's heads of q^2: `(B, Hkv, 1, D)` float32 from `(B, Hq, L, D)`."""
+def query_energy(queries: mx.array, kv_heads: int, per_token: bool = False) -> mx.array:
+    """Sum over the group's heads, and over tokens, of q^2: `(B, Hkv, 1 or L, D)` float32 from `(B, Hq, L, D)`."""
     B, Hq, L, D = queries.shape
-    q = queries.astype(mx.float32).reshape(B, kv_heads, Hq // kv_heads * L, D)
-    return mx.sum(q * q, axis=2, keepdims=True)
+    q = queries.astype(mx.float32).reshape(B, kv_heads, Hq // kv_heads, L, D)
+    energy = mx.sum(q * q, axis=2)
+    return energy if per_token else mx.sum(energy, axis=2, keepdims=True)
 
 
 def _pair_energy(rotary: Rotary, energy: mx.array) -> mx.array:
