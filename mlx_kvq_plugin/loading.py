@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 from mlx_lm.models import cache as mlx_cache
 
-from .adapters import FULL, GENERIC, SLIDING, Adapter, LayerGeometry, load_adapter, model_type_of
+from .adapters import FULL, GENERIC, REFUSED, SLIDING, Adapter, LayerGeometry, load_adapter, model_type_of
 from .cache import KVQCache
 from .codecs import get_codec
 from .config import KVQConfig, LayerSpec
@@ -73,16 +74,30 @@ def plan_layers(model: Any, config: KVQConfig, adapter: Adapter) -> list[LayerPl
             f"for {len(stock)} caches; fix the adapter"
         )
     attention = [i for i, layer in enumerate(layers) if layer.kind in _EXPECTED]
-    edges = set(attention[: config.edges] + attention[len(attention) - config.edges :]) if config.edges else set()
+    edges = _edges(model, attention, config.edges)
     return [
         _plan_layer(i, layer, cache, config, i in edges)
         for i, (layer, cache) in enumerate(zip(layers, stock, strict=True))
     ]
 
 
-def _plan_layer(index: int, layer: LayerGeometry, cache: Any, config: KVQConfig, edge: bool) -> LayerPlan:
+def _edges(model: Any, attention: list[int], count: int) -> set[int]:
+    """Those of `attention` among the first or last `count` of the whole model, of which a pipeline rank has a part."""
+    if count == 0:
+        return set()
+    inner: Any = getattr(model, "model", None)
+    end = getattr(inner, "end_idx", None)
+    before = 0 if end is None else inner.start_idx  # layers of other ranks, counted as if all had attention
+    after = 0 if end is None else model.args.num_hidden_layers - end
+    first, last = max(0, count - before), max(0, count - after)
+    return set(attention[:first] + attention[max(0, len(attention) - last) :])
+
+
+def _plan_layer(index: int, layer: LayerGeometry, entry: Any, config: KVQConfig, edge: bool) -> LayerPlan:
     def stays(reason: str) -> LayerPlan:
         return LayerPlan(index, layer, None, reason)
+
+    cache = entry if layer.member is None else entry.caches[layer.member]
 
     if not config.compresses:
         return stays("scheme fp16 leaves every layer to mlx-lm")
@@ -102,7 +117,7 @@ def _plan_layer(index: int, layer: LayerGeometry, cache: Any, config: KVQConfig,
             return stays(f"a window of {cache.max_size} tokens is too small to pack (below {smallest_window(spec)})")
     rotary, reason = _rotary_of(layer)
     remark = f"key frame removes a plain mean: {reason}" if rotary is None and spec.frame else ""
-    return LayerPlan(index, layer, spec, remark, rotary)
+    return LayerPlan(index, layer, spec, "; ".join(text for text in (layer.note, remark) if text), rotary)
 
 
 class CacheMaker:
@@ -124,18 +139,26 @@ class CacheMaker:
     def __call__(self) -> list[Any]:
         caches = _stock_caches(self.model)
         for i, plan in enumerate(self.plan()):
-            if plan.spec is None:
-                caches[i].kvq_note = plan.reason
-                continue
-            route = type(plan.geometry.attention).__module__
-            made: KVQCache
-            if plan.geometry.kind == SLIDING:
-                made = SlidingKVQCache(plan.spec, caches[i].max_size, plan.rotary, route)
-            else:
-                made = KVQCache(plan.spec, plan.rotary, route)
-            made.kvq_note = plan.reason
-            caches[i] = made
+            if plan.spec is not None:
+                caches[i] = self._compressed(plan, caches[i])
+            caches[i].kvq_note = plan.reason
         return caches
+
+    def _compressed(self, plan: LayerPlan, stock: Any) -> Any:
+        """The entry in place of mlx-lm's `stock` one: a compressed cache, or a list with one among its members."""
+        assert plan.spec is not None
+        geometry = plan.geometry
+        if geometry.member is not None:
+            members = list(stock.caches)
+            members[geometry.member] = self._compressed(
+                replace(plan, geometry=replace(geometry, member=None)), members[geometry.member]
+            )
+            return mlx_cache.CacheList(*members)
+        # A replaced attention belongs to its model: there is no module that a loaded cache could route.
+        route = "" if self.adapter.attention is not None else type(geometry.attention).__module__
+        if geometry.kind == SLIDING:
+            return SlidingKVQCache(plan.spec, stock.max_size, plan.rotary, route, geometry.shared)
+        return KVQCache(plan.spec, plan.rotary, route, geometry.shared)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheMaker:
         copied = CacheMaker.__new__(CacheMaker)
@@ -151,8 +174,15 @@ class CacheMaker:
 class Compression:
     """A compressed model; also a context manager. `undo` restores the model completely."""
 
-    def __init__(self, model: Any, maker: CacheMaker, modules: list[Globals], replaced: Any = None):
-        self.model, self.maker, self._modules, self._replaced = model, maker, modules, replaced
+    def __init__(
+        self,
+        model: Any,
+        maker: CacheMaker,
+        modules: list[Globals],
+        swapped: list[tuple[Any, type[nn.Module]]],
+        replaced: Any = None,
+    ):
+        self.model, self.maker, self._modules, self._swapped, self._replaced = model, maker, modules, swapped, replaced
         self._active = True
 
     def undo(self) -> None:
@@ -166,6 +196,8 @@ class Compression:
                 self.model.make_cache = self._replaced
         for module in self._modules:
             release(module)
+        for attention, original in self._swapped:
+            attention.__class__ = original
 
     def __enter__(self) -> Compression:
         return self
@@ -194,7 +226,8 @@ def compress(
         model: a model loaded by mlx-lm.
         kv_scheme: a scheme string (schemes.py) or a `KVQConfig`.
         unknown_arch: `error`, or `generic` to try an architecture without an adapter: its layers must look like
-            llama's, and an exactness check with the identity codec runs first.
+            llama's, and an exactness check with the identity codec runs first. Types that are known not to work stay
+            refused.
         source: repository or path the model came from, for prompt-cache files.
 
     Returns:
@@ -213,7 +246,7 @@ def compress(
     try:
         adapter = load_adapter(model_type_of(model))
     except UnsupportedModelError:
-        if unknown_arch != "generic":
+        if unknown_arch != "generic" or model_type_of(model) in REFUSED:
             raise
         adapter = GENERIC
         _check_generic(model)
@@ -222,17 +255,24 @@ def compress(
 
 def _attach(model: Any, config: KVQConfig, adapter: Adapter, source: str = "") -> Compression:
     maker = CacheMaker(model, config, adapter, source)
-    plans = [plan for plan in maker.plan() if plan.spec is not None]
+    plans = maker.plan()
     modules: list[Globals] = []
-    for plan in plans:
-        module = attention_globals(plan.geometry.attention)
-        if not any(module is other for other in modules):
-            modules.append(module)
+    swapped: list[tuple[Any, type[nn.Module]]] = []
+    if adapter.attention is None:
+        for plan in plans:
+            module = attention_globals(plan.geometry.attention) if plan.spec is not None else None
+            if module is not None and not any(module is other for other in modules):
+                modules.append(module)
+    elif config.compresses:  # layers that stay too: a file's own attention may not understand batches
+        attentions = [plan.geometry.attention for plan in plans if plan.geometry.attention is not None]
+        swapped = [(attention, type(attention)) for attention in attentions]
     for module in modules:
         acquire(module)
+    for attention, _ in swapped:
+        attention.__class__ = adapter.attention
     replaced = model.__dict__.get("make_cache")
     model.make_cache = maker
-    return Compression(model, maker, modules, replaced)
+    return Compression(model, maker, modules, swapped, replaced)
 
 
 def _check_generic(model: Any) -> None:

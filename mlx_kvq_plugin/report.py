@@ -103,7 +103,7 @@ def _report(index: int, cache: Any) -> LayerReport:
             index,
             name,
             applied[0] if applied else None,
-            "; ".join(part.note for part in parts if part.note) or note,
+            note or "; ".join(part.note for part in parts if part.note),
             max(part.tokens for part in parts),
             sum(part.packed for part in parts),
             sum(part.nbytes for part in parts),

@@ -1,7 +1,11 @@
-"""Fixtures for tests on real models: small ones made from Python packages, cached outside the checkout."""
+"""Fixtures for tests on real models: small ones made from Python packages, cached outside the checkout.
+
+Also prints the table of test_conformance.py at the end of a run.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -39,6 +43,28 @@ the turning, they no longer have in common after it, at least not as one fixed v
 turns with the position. Whoever subtracts the average of the turned keys removes only the slow part. Whoever turns the
 average itself removes all of it, at any position, and what is left to write down is small and says something.
 """
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The table architectures x paths, of what was run."""
+    results: dict[tuple[str, str], str] = getattr(sys.modules.get("test_conformance"), "RESULTS", {})
+    if not results:
+        return
+    names, paths = (list(dict.fromkeys(key[i] for key in results)) for i in (0, 1))
+    reasons = list(dict.fromkeys(cell for cell in results.values() if ": " in cell))
+    width = max(map(len, names))
+    columns = [max(len(path), len("as mlx-lm[9]")) for path in paths]
+    write = terminalreporter.write_line
+    terminalreporter.section("lossless caches against mlx-lm's own")
+    write(" " * width + "".join(f"  {path:{w}s}" for path, w in zip(paths, columns, strict=True)).rstrip())
+    for name in names:
+        cells = []
+        for path in paths:
+            cell = results.get((name, path), "-")
+            cells.append(f"{cell.split(':')[0]}[{reasons.index(cell) + 1}]" if cell in reasons else cell)
+        write(f"{name:{width}s}" + "".join(f"  {c:{w}s}" for c, w in zip(cells, columns, strict=True)).rstrip())
+    for i, reason in enumerate(reasons):
+        write(f"[{i + 1}] {reason}")
 
 
 @cache

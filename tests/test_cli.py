@@ -158,12 +158,14 @@ def test_prompts_that_are_not_utf8_are_refused(run: Run, tiny: Path, tmp_path: P
 
 
 def test_unknown_architectures(run: Run, tmp_path: Path) -> None:
-    plain = model_folder(tmp_path / "olmo2", "olmo2", model_type="olmo2")
-    refused(run("generate", plain, "--prompt", "x"), "'olmo2'", "--unknown-arch generic")
+    plain = model_folder(tmp_path / "seed_oss", "seed_oss", model_type="seed_oss")
+    refused(run("generate", plain, "--prompt", "x"), "'seed_oss'", "--unknown-arch generic")
     code, out, _ = run("inspect", plain, "--unknown-arch", "generic", "--kv-scheme", "tq4")
     assert code == 0 and "layers 0-2: tq4" in out
-    own_attention = model_folder(tmp_path / "gemma2", "gemma2", model_type="gemma2")
-    refused(run("inspect", own_attention, "--unknown-arch", "generic"), "adapter")
+    sizes = {"moe_intermediate_size": 32, "n_routed_experts": 2, "num_experts_per_tok": 1, "num_attention_heads": 4}
+    ranks = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32}
+    latent = model_folder(tmp_path / "mla", "deepseek_v3", model_type="deepseek_v3", **sizes, **ranks)
+    refused(run("inspect", latent, "--unknown-arch", "generic"), "'deepseek_v3'", "MLA", "without compression")
     (plain / "config.json").write_text(json.dumps({**LLAMA, "model_type": "nosuch"}))
     refused(run("inspect", plain), "nosuch")
 

@@ -18,13 +18,13 @@ sys.path.insert(0, {tests!r})
 import mlx.core as mx
 import mlx_kvq_plugin as kvq
 import tiny_models
-assert "olmo2" in kvq.list_adapters() and "half" in kvq.list_codecs()
-assert "kvq_olmo2_adapter" not in sys.modules, "plugins are loaded when asked for"
-model = tiny_models.olmo2()
+assert "seed_oss" in kvq.list_adapters() and "half" in kvq.list_codecs()
+assert "kvq_seed_oss_adapter" not in sys.modules, "plugins are loaded when asked for"
+model = tiny_models.seed_oss()
 tokens = mx.arange(90)[None] % 64
 expected = model(tokens, cache=kvq.make_prompt_cache(model))
 with kvq.compress(model, "k=half,v=tq4") as compression:
-    assert compression.maker.adapter.name == "olmo2"
+    assert compression.maker.adapter.name == "seed_oss"
     caches = kvq.make_prompt_cache(model)
     found = model(tokens, cache=caches)
     step = model(mx.array([[5]]), cache=caches)
@@ -57,7 +57,7 @@ def run(code: str, target: Path) -> str:
 def plugin(tmp_path_factory) -> Path:
     """A copy of the example, so that building it leaves nothing in the checkout."""
     copy = tmp_path_factory.mktemp("plugin") / "source"
-    shutil.copytree(ROOT / "examples" / "kvq-olmo2-adapter", copy)
+    shutil.copytree(ROOT / "examples" / "kvq-seed-oss-adapter", copy)
     return copy
 
 
@@ -70,11 +70,11 @@ def test_example_plugin_is_found_loaded_late_and_used(plugin, tmp_path):
 def test_a_plugin_that_claims_a_taken_name_is_named(plugin, tmp_path):
     settings = plugin / "pyproject.toml"
     text = settings.read_text()
-    settings.write_text(text.replace('olmo2 = "', 'llama = "'))
+    settings.write_text(text.replace('seed_oss = "', 'llama = "'))
     try:
         install(plugin, tmp_path)
     finally:
         settings.write_text(text)
     message = run(CLASH, tmp_path)
-    assert "'llama'" in message and "mlx-kvq-plugin" in message and "kvq-olmo2-adapter" in message
+    assert "'llama'" in message and "mlx-kvq-plugin" in message and "kvq-seed-oss-adapter" in message
     assert "uninstall one" in message and "\n" not in message

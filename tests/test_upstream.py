@@ -6,6 +6,8 @@ import inspect
 
 import mlx.core as mx
 import pytest
+import tiny_models
+from mlx_lm.generate import speculative_generate_step
 from mlx_lm.models import base, cache, gemma3_text, llama, phi3, qwen2, qwen3
 
 
@@ -39,6 +41,21 @@ def test_stock_rotating_cache_keeps_what_the_sliding_one_copies():
     assert keys[0, 0, :, 0].tolist() == [12, 5, 6, 7, 8, 9, 10, 11]  # ring order, newest at slot 0
     keys, _ = stock.update_and_fetch(x[..., 13:16, :], x[..., 13:16, :])
     assert keys[0, 0, :, 0].tolist() == [6, 7, 8, 9, 10, 11, 12, 13, 14, 15]  # a chunk: in order, window - 1 past
+
+
+def test_gemma2_still_makes_masks_with_an_axis_less_than_its_scores_in_batches():
+    """Why batches of it are right only with this package's attention, also in layers that keep mlx-lm's cache."""
+    attention = tiny_models.gemma2(num_hidden_layers=1).layers[0].self_attn
+    mask = mx.ones((3, 1, 4, 4), mx.bool_)
+    with pytest.raises(ValueError, match="broadcast"):
+        attention(mx.zeros((3, 4, 128)), mask)
+
+
+def test_speculative_decoding_splits_given_caches_by_the_number_of_layers():
+    """Wrong for models with fewer caches than layers (gemma3n, gemma4, nemotron_h): give such models no caches."""
+    source = inspect.getsource(speculative_generate_step)
+    assert "model_cache = prompt_cache[: len(model.layers)]" in source
+    assert len(tiny_models.gemma4_text().make_cache()) < len(tiny_models.gemma4_text().layers)
 
 
 def test_hadamard_transform_is_orthonormal_for_the_sizes_in_use():

@@ -67,7 +67,7 @@ def planned_nbytes(plan: LayerPlan, tokens: int) -> int:
     codecs' planes. A sliding layer holds `min(tokens, window)` tokens. A layer that mlx-lm keeps has them all dense;
     a compressed one has `sinks` (none on sliding layers) and `recent` tokens dense and the rest packed. Left out:
     up to 8 tokens that wait to be packed, growth slack below 1/256, statistics (about 6 * key_dim bytes a KV head
-    of float32), and layers without keys and values.
+    of float32), and recurrent states.
     """
     geometry, spec = plan.geometry, plan.spec
     held = tokens if geometry.window is None else min(tokens, geometry.window)
@@ -161,7 +161,7 @@ def rope_warning(model: Any, config: dict[str, Any], ropes: Sequence[dict[str, A
 
 def _layer_facts(plan: LayerPlan, rope: dict[str, Any]) -> dict[str, Any]:
     geometry = plan.geometry
-    names = ("kind", "heads", "kv_heads", "key_dim", "value_dim", "window", "note")
+    names = ("kind", "heads", "kv_heads", "key_dim", "value_dim", "window", "shared", "member", "note")
     return {"index": plan.index, **{name: getattr(geometry, name) for name in names}, "rope": rope}
 
 
@@ -195,7 +195,9 @@ def _run_inspect(options: argparse.Namespace) -> int:
         }
         print(json.dumps(report, indent=2))
         return 0
-    print(f"{loaded.source}: model type {loaded.model.model_type}, {len(layers)} cache entries\n")
+    total = len(loaded.model.layers)
+    of_layers = "" if total == len(layers) else f" for {total} layers (the others have no keys and values of their own)"
+    print(f"{loaded.source}: model type {loaded.model.model_type}, {len(layers)} cache entries{of_layers}\n")
     _print_layers(layers)
     for plan in plans[1:]:
         print(f"\nscheme {plan.scheme}" + (f": not possible, {plan.error}" if plan.error else ""))
@@ -221,7 +223,15 @@ def _print_layers(layers: Sequence[dict[str, Any]]) -> None:
     for layer in layers:
         heads, dims = f"{layer['heads']}/{layer['kv_heads']}", f"{layer['key_dim']}/{layer['value_dim']}"
         window = "-" if layer["window"] is None else str(layer["window"])
-        rope = _rope_text(layer["rope"]) + (f"  {layer['note']}" if layer["note"] else "")
+        if not layer["kv_heads"]:
+            heads = dims = "-"
+        notes = [
+            _rope_text(layer["rope"]) if layer["kv_heads"] else "-",
+            f"member {layer['member']} of its entry" if layer["member"] is not None else "",
+            "later layers attend to it too" if layer["shared"] else "",
+            layer["note"],
+        ]
+        rope = "; ".join(note for note in notes if note)
         print(f"{layer['index']:5d} {layer['kind']:9s} {heads:>14s} {dims:>14s} {window:>7s}  {rope}")
 
 
