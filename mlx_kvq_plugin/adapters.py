@@ -60,11 +60,14 @@ class Adapter:
             Called whenever caches are made, since sharding changes head counts after loading.
         attention: the class that replaces the attention's own while the model is compressed, for files that compute
             their attention themselves: a subclass with a `__call__` that understands `KVHandle` (routing.py).
+        padding_refused: why a batch of prompts of different lengths would get wrong text, for files of mlx-lm that do
+            not follow its padding; such batches raise. Empty where they work.
     """
 
     name: str
     geometry: Callable[[Any], list[LayerGeometry]]
     attention: type[nn.Module] | None = None
+    padding_refused: str = ""
 
 
 _LATENT = "its attention caches latent vectors and no keys and values (MLA), which are small already"

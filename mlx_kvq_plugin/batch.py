@@ -231,6 +231,12 @@ class BatchKVQCache(mlx_cache._BaseCache):
         right_padding: Sequence[int] | None = None,
     ) -> None:
         """Announce padded prompts: `left_padding` before, or after `lengths` tokens `right_padding`, per row."""
+        refused = self.rows[0].padding_refused
+        if refused and any(max(padding, default=0) for padding in (left_padding or (), right_padding or ())):
+            raise CacheStateError(
+                f"prompts of a batch must have equal lengths for this model, got padding: {refused}; "
+                "give prompts of other lengths a batch of their own"
+            )
         self.ledger.prepare(left_padding=left_padding, lengths=lengths, right_padding=right_padding)
         if left_padding is not None:
             self._left = [pending + new for pending, new in zip(self._left, left_padding, strict=True)]

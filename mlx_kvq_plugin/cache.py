@@ -68,6 +68,7 @@ class KVQCache(_BaseCache):
         self.rotary = rotary if rotary is not None else no_rotation()
         self.route = route
         self.shared = shared
+        self.padding_refused = ""  # why the model cannot process padded prompts (Adapter)
         self._clear()
 
     def _clear(self) -> None:
@@ -479,6 +480,7 @@ class KVQCache(_BaseCache):
             "dense": self._dense,
             "step": self._step,
             "shared": self.shared,
+            "padding_refused": self.padding_refused,
             "frozen": self._frozen,
         }
         if self.dense_keys is not None:
@@ -517,7 +519,7 @@ class KVQCache(_BaseCache):
         for config in meta["codecs"]:
             Codec.from_json(config)
         KVQCache.__init__(self, LayerSpec(**meta["spec"]), Rotary.from_dict(meta["rotary"]), meta["route"])
-        self.shared = meta.get("shared", False)
+        self.shared, self.padding_refused = meta.get("shared", False), meta.get("padding_refused", "")
         self.offset, self._packed, self._dense = meta["offset"], meta["packed"], meta["dense"]
         self._step, self._frozen = meta["step"], meta["frozen"]
         if "dense" in state:

@@ -156,9 +156,13 @@ class CacheMaker:
             return mlx_cache.CacheList(*members)
         # A replaced attention belongs to its model: there is no module that a loaded cache could route.
         route = "" if self.adapter.attention is not None else type(geometry.attention).__module__
+        made: KVQCache
         if geometry.kind == SLIDING:
-            return SlidingKVQCache(plan.spec, stock.max_size, plan.rotary, route, geometry.shared)
-        return KVQCache(plan.spec, plan.rotary, route, geometry.shared)
+            made = SlidingKVQCache(plan.spec, stock.max_size, plan.rotary, route, geometry.shared)
+        else:
+            made = KVQCache(plan.spec, plan.rotary, route, geometry.shared)
+        made.padding_refused = self.adapter.padding_refused
+        return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheMaker:
         copied = CacheMaker.__new__(CacheMaker)

@@ -18,4 +18,8 @@ def geometry(model: Any) -> list[LayerGeometry]:
     ]
 
 
-ADAPTER = Adapter(name="nemotron_h", geometry=geometry)
+ADAPTER = Adapter(
+    name="nemotron_h",
+    geometry=geometry,
+    padding_refused="mlx-lm's nemotron_h.py lets padding change the recurrent state of the shorter rows",
+)

@@ -1,6 +1,6 @@
-"""A complete plugin in one module: a model adapter for OLMo 2 and a codec.
+"""A complete plugin in one module: a model adapter for Seed-OSS and a codec.
 
-Install it with `pip install ./examples/kvq-olmo2-adapter`; `kvq inspect` and `kvq schemes` then know both.
+Install it with `pip install ./examples/kvq-seed-oss-adapter`; `kvq inspect` and `kvq schemes` then know both.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from mlx_kvq_plugin.codecs import NO_STATISTICS, Codec, Plane, Planes, Statistic
 
 
 def geometry(model: Any) -> list[LayerGeometry]:
-    """OLMo 2 attends fully in every layer, and its attention has llama's attribute names."""
+    """Seed-OSS attends fully in every layer, and its attention has llama's attribute names."""
     return [attention_geometry(layer.self_attn) for layer in model.layers]
 
 
-ADAPTER = Adapter(name="olmo2", geometry=geometry)
+ADAPTER = Adapter(name="seed_oss", geometry=geometry)
 
 
 @dataclass(frozen=True)
