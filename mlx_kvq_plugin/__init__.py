@@ -9,10 +9,12 @@ Importing registers the cache classes in `mlx_lm.models.cache`, where mlx-lm loo
 from mlx_lm.models import cache as _mlx_cache
 
 from .adapters import Adapter, LayerGeometry, attention_geometry, list_adapters
+from .batch import BatchKVQCache
 from .cache import KVQCache
 from .codecs import Codec, Plane, get_codec, list_codecs
 from .config import KVQConfig, LayerSpec
 from .demo_models import DEMO_MODELS, demo_model_path
+from .distributed import Placement, placement_of, sharded_load
 from .errors import KVQError
 from .evaluation import Fidelity, compare, step_logprobs
 from .loading import Compression, compress, compression_of, load, make_prompt_cache
@@ -30,6 +32,7 @@ from .sliding import SlidingKVQCache
 __all__ = [
     "DEMO_MODELS",
     "Adapter",
+    "BatchKVQCache",
     "CacheReport",
     "Codec",
     "Compression",
@@ -40,6 +43,7 @@ __all__ = [
     "LayerGeometry",
     "LayerReport",
     "LayerSpec",
+    "Placement",
     "Plane",
     "PromptCacheInfo",
     "SlidingKVQCache",
@@ -58,11 +62,13 @@ __all__ = [
     "load_prompt_cache",
     "make_prompt_cache",
     "parse_scheme",
+    "placement_of",
     "read_prompt_cache_info",
     "save_prompt_cache",
+    "sharded_load",
     "step_logprobs",
     "verify_prompt_cache",
 ]
 
-for _class in (KVQCache, SlidingKVQCache):
+for _class in (KVQCache, SlidingKVQCache, BatchKVQCache):
     setattr(_mlx_cache, _class.__name__, _class)

@@ -266,7 +266,8 @@ def uneven_batch(name: str, model: Any, tmp_path: Path) -> None:
     try:
         tokens, caches = batch_tokens(model, GREEDY)
     except CacheStateError as error:
-        assert "padding change the recurrent state" in str(error)
+        if "padding change the recurrent state" not in str(error):
+            raise
         assert batch_tokens(stock_model(name), GREEDY)[0] != [stock_greedy(name, length, GREEDY) for length in LENGTHS]
         raise Otherwise(LOST_STATE) from error
     except ValueError as error:

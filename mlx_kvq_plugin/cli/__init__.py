@@ -1,7 +1,7 @@
 """The `kvq` command: one file per group of commands, each with an `add_commands(commands)`.
 
-Exit codes: 0, 2 for wrong input (one sentence on stderr), 1 for a prompt-cache file that fails `kvq cache verify`,
-130 after an interrupt, 141 when the reader of stdout is gone.
+Exit codes: 0, 2 for wrong input (one sentence on stderr), 1 for a prompt-cache file that fails `kvq cache verify`
+or a model that fails `kvq check`, 130 after an interrupt, 141 when the reader of stdout is gone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from importlib.metadata import version
 
 from ..errors import KVQError
-from . import generate, models, prompts, schemes
+from . import check, generate, models, prompts, run, schemes, serve
 from .arguments import Parser, complain
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells count signals: 128 + SIGINT, 128 + SIGPIPE
@@ -27,7 +27,7 @@ def _parser() -> Parser:
     versions = f"kvq {version('mlx-kvq-plugin')} (mlx-lm {version('mlx-lm')}, mlx {version('mlx')})"
     parser.add_argument("--version", action="version", version=versions)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for group in (generate, prompts, schemes, models):
+    for group in (generate, prompts, schemes, models, run, serve, check):
         group.add_commands(commands)
     return parser
 
