@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 MODEL ?= smollm2
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile
 VENV := .venv
 BIN := $(VENV)/bin
 comma := ,

@@ -5,7 +5,6 @@ Also prints the table of test_conformance.py at the end of a run.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -47,9 +46,11 @@ average itself removes all of it, at any position, and what is left to write dow
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """The table architectures x paths, of what was run."""
-    results: dict[tuple[str, str], str] = getattr(sys.modules.get("test_conformance"), "RESULTS", {})
-    if not results:
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    cells = [value for report in reports for name, value in report.user_properties if name == "conformance"]
+    if not cells:
         return
+    results = {(architecture, path): cell for architecture, path, cell in cells}
     names, paths = (list(dict.fromkeys(key[i] for key in results)) for i in (0, 1))
     reasons = list(dict.fromkeys(cell for cell in results.values() if ": " in cell))
     width = max(map(len, names))
@@ -58,11 +59,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.section("lossless caches against mlx-lm's own")
     write(" " * width + "".join(f"  {path:{w}s}" for path, w in zip(paths, columns, strict=True)).rstrip())
     for name in names:
-        cells = []
+        row = []
         for path in paths:
             cell = results.get((name, path), "-")
-            cells.append(f"{cell.split(':')[0]}[{reasons.index(cell) + 1}]" if cell in reasons else cell)
-        write(f"{name:{width}s}" + "".join(f"  {c:{w}s}" for c, w in zip(cells, columns, strict=True)).rstrip())
+            row.append(f"{cell.split(':')[0]}[{reasons.index(cell) + 1}]" if cell in reasons else cell)
+        write(f"{name:{width}s}" + "".join(f"  {c:{w}s}" for c, w in zip(row, columns, strict=True)).rstrip())
     for i, reason in enumerate(reasons):
         write(f"[{i + 1}] {reason}")
 

@@ -620,3 +620,31 @@ def test_chat_survives_mistakes_and_ends_with_the_input(
 
 def test_chat_needs_a_chat_template(run: Run, tmp_path: Path) -> None:
     refused(run("chat", model_folder(tmp_path / "base", template=None)), "chat template")
+
+
+# ---- speculative decoding ------------------------------------------------------------------------------------------
+
+
+def test_a_draft_model_changes_no_token(run, tiny, tmp_path):
+    """And the saved cache goes on as one without a draft model."""
+    other = model_folder(tmp_path / "other", num_hidden_layers=1)
+    for scheme in ("tq4", "identity"):
+        replies, more = [], []
+        for draft in ([], ["--draft-model", tiny], ["--draft-model", other, "--num-draft-tokens", "5"]):
+            file = tmp_path / f"{scheme}{len(replies)}.safetensors"
+            options = ("--kv-scheme", scheme, "--max-tokens", "40")
+            code, out, err = run("generate", tiny, "--prompt", LONG, "--save-prompt-cache", file, *options, *draft)
+            assert code == 0 and ("draft model: proposed" in err) == bool(draft)
+            replies.append(out)
+            code, out, _ = run("generate", "--prompt-cache", file, "--prompt", "And then?", *options)
+            assert code == 0
+            more.append(out)
+        assert replies[0] == replies[1] == replies[2] and more[0] == more[1] == more[2]
+
+
+def test_draft_models_that_cannot_be_used_are_refused(run, tiny, tmp_path):
+    window = {"sliding_window": 160, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    sliding = model_folder(tmp_path / "sliding", **window)
+    file = tmp_path / "full.safetensors"
+    assert run("cache", "create", sliding, "--prompt", LONG * 3, "--out", file)[0] == 0
+    refused(run("generate", "--prompt-cache", file, "--prompt", "x", "--draft-model", tiny), "can be trimmed")

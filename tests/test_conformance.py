@@ -99,6 +99,7 @@ LENGTHS = [30, 171, 100]  # of the prompts of a batch
 RECURRENT = "refused: recurrent states cannot be trimmed (mlx-lm's ArraysCache)"
 CHUNKED = "refused: mlx-lm has no batches of its ChunkedKVCache"
 LOST_STATE = "refused: mlx-lm's nemotron_h.py loses the recurrent state of padded rows; its own caches give wrong text"
+CELL = "conformance"  # the property of a test's report that conftest.py reads
 EXCEPTIONS = {
     (name, path): reason
     for names, paths, reason in [
@@ -109,9 +110,6 @@ EXCEPTIONS = {
     for name in names
     for path in paths
 }
-
-RESULTS: dict[tuple[str, str], str] = {}
-"""Cells of the table: `(architecture, path)` to `exact`, or what else is the case; conftest.py prints them."""
 
 
 class Otherwise(Exception):
@@ -371,15 +369,18 @@ PATHS: dict[str, Callable[[str, Any, Path], None]] = {
 
 @pytest.mark.parametrize("path", list(PATHS))
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
-def test_lossless_caches_equal_those_of_mlx_lm(name, path, tmp_path):
-    RESULTS[name, path] = "FAILED"
-    with kvq.compress(model_of(name), "identity"):
-        try:
+def test_lossless_caches_equal_those_of_mlx_lm(name, path, tmp_path, record_property):
+    """A cell of the table that conftest.py prints: `exact`, or what else is the case."""
+    cell = "FAILED"
+    try:
+        with kvq.compress(model_of(name), "identity"):
             PATHS[path](name, model_of(name), tmp_path)
-            RESULTS[name, path] = "exact"
-        except Otherwise as otherwise:
-            RESULTS[name, path] = str(otherwise)
-    assert RESULTS[name, path] == EXCEPTIONS.get((name, path), "exact")
+        cell = "exact"
+    except Otherwise as otherwise:
+        cell = str(otherwise)
+    finally:
+        record_property(CELL, [name, path, cell])
+    assert cell == EXCEPTIONS.get((name, path), "exact")
 
 
 def test_every_adapter_has_a_tiny_model():

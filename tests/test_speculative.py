@@ -36,7 +36,7 @@ class Guess:
 
     def __init__(self, prompt: mx.array, tokens: list[int], wrong_every: int):
         self.text = [*prompt.tolist(), *tokens, *[1] * 64]
-        self.wrong_every = wrong_every
+        self.wrong_every, self.vocabulary = wrong_every, tiny_models.VOCAB
         self.layers: list[Any] = [None]
 
     def make_cache(self) -> list[Any]:
@@ -49,7 +49,7 @@ class Guess:
         cache[0].update_and_fetch(blank, blank)
         after = [self.text[start + i + 1] for i in range(L)]
         proposed = [t if (start + i) % self.wrong_every else (t + 1) % 90 for i, t in enumerate(after)]
-        return mx.eye(tiny_models.VOCAB)[mx.array([proposed])] * 10.0
+        return 10.0 * (mx.arange(self.vocabulary) == mx.array([proposed])[..., None])
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
@@ -118,3 +118,17 @@ def test_a_resumed_cache_past_its_window_is_refused_by_name() -> None:
         guess = Guess(prompt_of(5), [1] * 64, 3)
         with pytest.raises(ValueError, match=r"trimmable prompt cache .*SlidingKVQCache"):
             speculative(model, guess, prompt_of(5), 3, prompt_cache=cache + guess.make_cache())
+
+
+@pytest.mark.real_model
+def test_gemma_3_past_its_window(real_model: Any, text_ids: Any) -> None:
+    """Windows of 512 tokens; the same tokens as plain decoding, with rejected drafts on the way."""
+    model, tokenizer = real_model("gemma3")
+    prompt = mx.array(text_ids(tokenizer, 505))
+    with kvq.compress(model, "tq4"):
+        expected = [int(token) for token, _ in generate_step(prompt, model, max_tokens=24)]
+        guess = Guess(prompt, expected, 3)
+        guess.vocabulary = model.args.vocab_size
+        found = list(speculative_generate_step(prompt, model, guess, num_draft_tokens=4, max_tokens=24))
+    assert [int(token) for token, _, _ in found] == expected
+    assert 6 < sum(by_draft for _, _, by_draft in found) < 24

@@ -121,11 +121,37 @@ def _align(conversation: Conversation, ids: list[int]) -> list[int]:
     return ids[common:]
 
 
-def reply(conversation: Conversation, text: str, options: argparse.Namespace) -> Iterator[Any]:
+def _drafting(conversation: Conversation, draft: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
+    """What mlx-lm needs for speculative decoding; raises `UsageError` where it would go wrong."""
+    loaded, cache = conversation.loaded, conversation.cache
+    sizes = loaded.tokenizer.vocab_size, draft.tokenizer.vocab_size
+    if sizes[0] != sizes[1]:
+        raise UsageError(f"a draft model must have the model's {sizes[0]} tokens, got {sizes[1]}; choose another one")
+    if len(cache) != len(loaded.model.layers):
+        raise UsageError(
+            f"mlx-lm's speculative decoding must have one cache a layer, got {len(cache)} for "
+            f"{len(loaded.model.layers)} layers; leave --draft-model out"
+        )
+    if not can_trim_prompt_cache(cache):
+        raise UsageError(
+            "speculative decoding must begin with caches that can be trimmed, got recurrent ones or a sliding window "
+            "that is full already; leave --draft-model out"
+        )
+    return {
+        "draft_model": draft.model,
+        "num_draft_tokens": options.num_draft_tokens,
+        "prompt_cache": cache + make_prompt_cache(draft.model),
+    }
+
+
+def reply(
+    conversation: Conversation, text: str, options: argparse.Namespace, draft: LoadedModel | None = None
+) -> Iterator[Any]:
     """Say `text` to the model and yield mlx-lm's responses.
 
     Args:
-        options: with `max_tokens`, `temp` and `top_p`.
+        options: with `max_tokens`, `temp` and `top_p`; `num_draft_tokens` with a draft model.
+        draft: proposes tokens that the model verifies.
     """
     loaded = conversation.loaded
     if conversation.messages is None:
@@ -134,17 +160,21 @@ def reply(conversation: Conversation, text: str, options: argparse.Namespace) ->
         _hear(conversation, text)
         ids = _template(conversation, add_generation_prompt=True)
     answer = ""
+    rest = _align(conversation, ids)
+    drafting = {"prompt_cache": conversation.cache} if draft is None else _drafting(conversation, draft, options)
     for response in mlx_lm.stream_generate(
         loaded.model,
         loaded.tokenizer,
-        _align(conversation, ids),
+        rest,
         max_tokens=options.max_tokens,
         sampler=make_sampler(temp=options.temp, top_p=options.top_p),
-        prompt_cache=conversation.cache,
+        **drafting,
     ):
         conversation.token_ids.append(response.token)  # mlx-lm feeds every token it yields, the last one too
         answer += response.text
         yield response
+    if draft is not None:  # what was not verified before the end is not in the cache
+        del conversation.token_ids[conversation.cache[0].offset :]
     if conversation.messages is not None:
         conversation.messages.append({"role": "assistant", "content": answer})
 

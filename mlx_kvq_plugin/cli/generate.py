@@ -23,10 +23,11 @@ from .arguments import (
     input_file,
     note,
     output_file,
+    positive,
     read_prompt,
 )
 from .conversation import Conversation, check_scheme, compressed_model, reply, resume, save, start
-from .models import LoadedModel
+from .models import LoadedModel, load_model
 
 HELP = """\
 /report       what the cache holds, layer by layer
@@ -36,12 +37,15 @@ HELP = """\
 /quit         end, as end of input does"""
 
 
-def _say(conversation: Conversation, text: str, options: argparse.Namespace) -> Any:
+def _say(conversation: Conversation, text: str, options: argparse.Namespace, draft: LoadedModel | None = None) -> Any:
     """Stream the reply to stdout; returns mlx-lm's last response."""
-    last = None
-    for last in reply(conversation, text, options):
+    last, drafted = None, 0
+    for last in reply(conversation, text, options, draft):
+        drafted += last.from_draft
         print(last.text, end="", flush=True)
     print(flush=True)
+    if draft is not None and last is not None:
+        note(f"draft model: proposed {drafted} of {last.generation_tokens} tokens")
     return last
 
 
@@ -80,7 +84,8 @@ def _run_generate(options: argparse.Namespace) -> int:
     mx.random.seed(options.seed)
     with compressed_model(options, options.prompt_cache) as loaded:
         conversation = _opened(loaded, options)
-        response = _say(conversation, prompt, options)
+        draft = load_model(options.draft_model, options.float32) if options.draft_model is not None else None
+        response = _say(conversation, prompt, options, draft)
         if options.report:
             note(str(cache_report(conversation.cache)))
         _print_statistics(conversation, response)
@@ -172,6 +177,12 @@ def add_commands(commands: Any) -> None:
     add_sampling_options(generate)
     generate.add_argument("--prompt-cache", metavar="FILE", help="go on from this file")
     generate.add_argument("--save-prompt-cache", metavar="FILE", help="save the cache at the end")
+    generate.add_argument(
+        "--draft-model", metavar="MODEL", help="speculative decoding: the same tokens, proposed by a smaller model"
+    )
+    generate.add_argument(
+        "--num-draft-tokens", type=positive, default=3, metavar="N", help="proposed at a time (default: 3)"
+    )
     generate.add_argument("--report", action="store_true", help="what the cache holds, layer by layer")
 
     chat = add_command(
