@@ -27,7 +27,7 @@ from .prompt_cache import (
 )
 from .report import CacheReport, LayerReport, cache_report
 from .schemes import format_scheme, list_schemes, parse_scheme
-from .sliding import SlidingKVQCache
+from .sliding import SlidingKVQCache, allow_speculation
 
 __all__ = [
     "DEMO_MODELS",
@@ -47,6 +47,7 @@ __all__ = [
     "Plane",
     "PromptCacheInfo",
     "SlidingKVQCache",
+    "allow_speculation",
     "attention_geometry",
     "cache_report",
     "compare",

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import CacheList, LRUPromptCache, can_trim_prompt_cache
+from mlx_lm.models.cache import CacheList, KVCache, LRUPromptCache, RotatingKVCache, can_trim_prompt_cache
 
 from .cache import KVQCache
 from .errors import CacheStateError
 from .prompt_store import MIN_GAIN, PromptStore, StoreWriter, group_of
 from .report import cache_report
+from .sliding import allow_speculation
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +48,31 @@ def _evaluate(caches: list[Any]) -> None:
     mx.eval([cache._arrays() if isinstance(cache, KVQCache) else cache.state for cache in flat_caches(caches)])
 
 
+def _settled(caches: list[Any], tokens: list[int]) -> list[int] | None:
+    """The tokens that all caches hold, after trimming those that hold more; `None` if they hold others.
+
+    After speculative decoding the last token is not in the caches, and a draft model's may be one behind.
+    """
+    sized = [cache for cache in flat_caches(caches) if isinstance(cache, (KVQCache, KVCache, RotatingKVCache))]
+    offsets = [cache.offset for cache in sized]
+    held = min(offsets, default=len(tokens))
+    if max(offsets, default=held) > held and can_trim_prompt_cache(sized):
+        for cache in sized:
+            cache.trim(cache.offset - held)
+    compressed = {cache.offset for cache in sized if isinstance(cache, KVQCache)}
+    if len(compressed) == 1:
+        held = compressed.pop()
+    return tokens[:held] if not compressed and 0 < held <= len(tokens) else None
+
+
 def _holds(caches: list[Any], tokens: int) -> bool:
     """Whether the compressed layers have seen as many tokens as the caches are to be filed under."""
     return all(cache.offset == tokens for cache in flat_caches(caches) if isinstance(cache, KVQCache))
+
+
+def _drafts(key: Any) -> bool:
+    """Whether mlx-lm's key of a loaded model names a draft model."""
+    return isinstance(key, tuple) and len(key) == 3 and key[2] is not None
 
 
 class _Order(LRUPromptCache.CacheOrder):
@@ -162,6 +185,8 @@ class ServedPromptCache(LRUPromptCache):
             log.exception("kvq: looking for a prompt cache failed, the prompt is computed")
             self.failures += 1
             caches, used = None, 0
+        if caches is not None and _drafts(model):
+            allow_speculation(caches)
         self.hits += caches is not None
         self.misses += caches is None
         self.reused_tokens += used
@@ -222,12 +247,13 @@ class ServedPromptCache(LRUPromptCache):
         prompt_cache, given = list(prompt_cache), prompt_cache
         given.clear()
         try:
-            if not _holds(prompt_cache, len(tokens)):
+            held = _settled(prompt_cache, tokens)
+            if held is None:
                 log.warning("kvq: a prompt cache that does not hold its %d tokens was dropped", len(tokens))
                 self.failures += 1
                 return
             _evaluate(prompt_cache)
-            super().insert_cache(model, tokens, prompt_cache, cache_type=cache_type)
+            super().insert_cache(model, held, prompt_cache, cache_type=cache_type)
             self.fit(self.live_nbytes())
         except Exception:
             log.exception("kvq: a prompt cache was not kept")

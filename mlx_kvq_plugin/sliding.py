@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
-from mlx_lm.models.cache import BatchRotatingKVCache
+from mlx_lm.models.cache import BatchRotatingKVCache, CacheList
 
 from .cache import BLOCK, KVQCache, owned
 from .config import LayerSpec
 from .errors import CacheStateError
 from .frame import MIN_TOKENS, SKIP_TOKENS
 from .rotary import Rotary
+
+
+def allow_speculation(caches: Sequence[Any]) -> None:
+    """Let mlx-lm's speculative decoding begin with a prompt cache whose sliding windows are full.
+
+    mlx-lm asks once, before its first step, whether caches can be trimmed. Full sliding caches say no: only the last
+    tokens of a step of several can be given back, which is all that speculative decoding needs. After this call they
+    say yes until the next token, so it must be followed by speculative decoding; a trim raises `CacheStateError`.
+    """
+    for cache in caches:
+        if isinstance(cache, CacheList):
+            allow_speculation(list(cache.caches))
+        elif isinstance(cache, SlidingKVQCache):
+            cache._speculates = True
 
 
 def smallest_window(spec: LayerSpec) -> int:
@@ -38,6 +53,7 @@ class SlidingKVQCache(KVQCache):
         super()._clear()
         self._ring = 0  # slots of mlx-lm's full ring that hold tokens newer than its slot 0
         self._rollback = 0  # newest tokens that can be trimmed although others have left the window
+        self._speculates = False  # whether the next call is a step of several tokens
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         L = keys.shape[2]
@@ -45,7 +61,7 @@ class SlidingKVQCache(KVQCache):
         self._evict(self.max_size - 1)
         self._ring = self._ring % self.max_size + 1 if L == 1 and self.offset >= self.max_size else 0
         handles = super().update_and_fetch(keys, values)
-        self._rollback = L - 1 if self._step else 0
+        self._rollback, self._speculates = L - 1 if self._step else 0, False
         return handles
 
     def compact(self) -> None:
@@ -121,7 +137,7 @@ class SlidingKVQCache(KVQCache):
 
         So speculative decoding is exact past the window: it verifies L tokens in one step and trims fewer than L.
         """
-        return self.held == self.offset or self._rollback > 0
+        return self.held == self.offset or self._rollback > 0 or self._speculates
 
     def trim(self, n: int) -> int:
         """As `KVQCache.trim`; drops nothing and returns 0 when the cache is not trimmable.

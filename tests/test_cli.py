@@ -642,9 +642,15 @@ def test_a_draft_model_changes_no_token(run, tiny, tmp_path):
         assert replies[0] == replies[1] == replies[2] and more[0] == more[1] == more[2]
 
 
-def test_draft_models_that_cannot_be_used_are_refused(run, tiny, tmp_path):
-    window = {"sliding_window": 160, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-    sliding = model_folder(tmp_path / "sliding", **window)
+def test_a_draft_model_after_a_full_window(run, tiny, tmp_path):
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    sliding = model_folder(tmp_path / "sliding", sliding_window=160, layer_types=kinds)
     file = tmp_path / "full.safetensors"
     assert run("cache", "create", sliding, "--prompt", LONG * 3, "--out", file)[0] == 0
-    refused(run("generate", "--prompt-cache", file, "--prompt", "x", "--draft-model", tiny), "can be trimmed")
+    argv = ("generate", "--prompt-cache", file, "--prompt", "x", "--max-tokens", "30")
+    (_, plain, _), (code, drafted, _) = run(*argv), run(*argv, "--draft-model", sliding)
+    assert code == 0 and drafted == plain
+    file = tmp_path / "fp16.safetensors"
+    assert run("cache", "create", sliding, "--kv-scheme", "fp16", "--prompt", LONG * 3, "--out", file)[0] == 0
+    argv = ("generate", "--prompt-cache", file, "--prompt", "x", "--draft-model", tiny)
+    refused(run(*argv), "can be trimmed")

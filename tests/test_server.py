@@ -650,3 +650,33 @@ def test_smollm2(tmp_path: Path) -> None:
     assert all(answer.choices[0].message.content for answer in answers)
     assert len(alone[0].choices[0].message.content) > 0
     assert set(report["lru"]["classes"]) == {"KVQCache"} and report["requests"]["failed"] == 0
+
+
+# ---- draft models ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", [IDENTITY, "tq4"])
+def test_draft_model_past_a_window(tmp_path: Path, scheme: str) -> None:
+    """Turns of one conversation, drafted: the answers without a draft model, from caches that are found again."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    target = model_folder(tmp_path / "target", sliding_window=160, layer_types=kinds)
+    draft = model_folder(tmp_path / "draft", num_hidden_layers=1)
+    answers, reused = [], []
+    for argv in ((), ("--draft-model", str(draft), "--num-draft-tokens", "4")):
+        with in_process(target, scheme, *argv, "--decode-concurrency", "1", "--prompt-concurrency", "1") as served:
+            text, found = LONG[:300], []
+            for _ in range(3):
+                # a seed takes the path of one request at a time, as a draft model does
+                answer = served.client.completions.create(
+                    model="default_model", prompt=text, max_tokens=24, seed=1, temperature=0, logit_bias={"96": -100}
+                )
+                found.append(answer.choices[0].text)
+                text += found[-1] + " And?"
+            report = served.report()["lru"]
+            answers.append(found)
+            reused.append(report["reused_tokens"])
+            assert report["failures"] == 0 and report["classes"].keys() >= {"KVQCache", "SlidingKVQCache"}
+    if scheme == IDENTITY:
+        assert answers[0] == answers[1]
+    assert all(len(text) > 0 for found in answers for text in found)
+    assert min(reused) > 600

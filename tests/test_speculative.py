@@ -12,6 +12,7 @@ from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_kvq_plugin as kvq
+from mlx_kvq_plugin.errors import CacheStateError
 
 EXACT = "k=identity,v=identity"
 STEPS = 80
@@ -109,15 +110,27 @@ def test_a_draft_model_may_be_compressed_too() -> None:
         assert tokens == greedy(model, prompt)
 
 
-def test_a_resumed_cache_past_its_window_is_refused_by_name() -> None:
-    """mlx-lm asks whether the cache is trimmable before the first step; only a verification step makes it so."""
+@pytest.mark.parametrize("scheme", [EXACT, "tq4"])
+def test_a_resumed_cache_past_its_window(scheme: str) -> None:
+    """mlx-lm asks whether it is trimmable before the first step; no, unless speculation is announced."""
     model = tiny_models.gemma3_text()
-    with kvq.compress(model, "tq4"):
-        cache = make_prompt_cache(model)
-        list(generate_step(prompt_of(200), model, max_tokens=4, prompt_cache=cache))
-        guess = Guess(prompt_of(5), [1] * 64, 3)
+    prompt = prompt_of(5)
+    with kvq.compress(model, scheme):
+        caches = [make_prompt_cache(model) for _ in range(2)]
+        for cache in caches:
+            list(generate_step(prompt_of(200), model, max_tokens=4, prompt_cache=cache))
+        plain = generate_step(prompt, model, max_tokens=STEPS, prompt_cache=caches[0])
+        expected = [int(token) for token, _ in plain]
+        guess = Guess(prompt, expected, 3)
+        cache = caches[1] + guess.make_cache()
         with pytest.raises(ValueError, match=r"trimmable prompt cache .*SlidingKVQCache"):
-            speculative(model, guess, prompt_of(5), 3, prompt_cache=cache + guess.make_cache())
+            speculative(model, guess, prompt, 3, prompt_cache=cache)
+        kvq.allow_speculation(cache)
+        with pytest.raises(CacheStateError, match="at most the 0 tokens"):
+            cache[0].trim(1)
+        tokens, _ = speculative(model, guess, prompt, 3, prompt_cache=cache)
+        assert tokens == expected
+        assert not cache[0].is_trimmable() or cache[0]._rollback
 
 
 @pytest.mark.real_model

@@ -20,6 +20,7 @@ from mlx_lm.sample_utils import make_sampler
 from ..loading import compress, compression_of, make_prompt_cache
 from ..prompt_cache import PromptCacheInfo, load_prompt_cache, read_prompt_cache_info, save_prompt_cache
 from ..schemes import format_scheme, parse_scheme
+from ..sliding import allow_speculation
 from .arguments import DEFAULT_SCHEME, UsageError, input_file, one_line
 from .models import DEFAULT_MODEL, LoadedModel, load_model
 
@@ -132,10 +133,11 @@ def _drafting(conversation: Conversation, draft: LoadedModel, options: argparse.
             f"mlx-lm's speculative decoding must have one cache a layer, got {len(cache)} for "
             f"{len(loaded.model.layers)} layers; leave --draft-model out"
         )
+    allow_speculation(cache)
     if not can_trim_prompt_cache(cache):
         raise UsageError(
-            "speculative decoding must begin with caches that can be trimmed, got recurrent ones or a sliding window "
-            "that is full already; leave --draft-model out"
+            "speculative decoding must have caches that can be trimmed, got recurrent ones or one that mlx-lm made and "
+            "whose window is full; leave --draft-model out"
         )
     return {
         "draft_model": draft.model,
