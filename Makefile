@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 MODEL ?= smollm2
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist worksteal
 VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
@@ -53,7 +53,7 @@ demo: setup ## run examples/demo.py (MODEL=smollm2 or gemma3)
 test: setup ## make the demo models once, then run all tests
 	$(BLAS_HINT)
 	$(BIN)/kvq demo-model smollm2 gemma3
-	$(PRELOAD) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PRELOAD) OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

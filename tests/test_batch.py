@@ -248,8 +248,9 @@ def test_a_real_models_batch(name: str, real_model: Callable[[str], tuple[Any, A
     model, tokenizer = real_model(name)
     texts = ["The KV cache of a language model", "Once upon a time there was", "1, 2, 3, 4,", "def add(a, b):"]
     given = [tokenizer.encode(text * repeat) for text, repeat in zip(texts, (12, 1, 5, 2), strict=True)]
+    steps = 12
     with kvq.compress(model, "tq4"):
-        expected = [alone(model, prompt, 24) for prompt in given]
-        found = mlx_lm.batch_generate(model, tokenizer, given, max_tokens=24, return_token_ids=True)
+        expected = [alone(model, prompt, steps) for prompt in given]
+        found = mlx_lm.batch_generate(model, tokenizer, given, max_tokens=steps, return_token_ids=True)
     for tokens, wanted in zip(found.token_ids, expected, strict=True):
         assert tokens == wanted[: len(tokens)]
