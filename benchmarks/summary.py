@@ -1,10 +1,10 @@
-"""Rewrites the tables of README.md and docs/measurements.md from the stored results."""
+"""Rewrites the tables of README.md, docs/measurements.md and docs/serving.md from the stored results."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +94,36 @@ def measurements() -> str:
     return "\n\n".join(parts)
 
 
+def serving() -> str:
+    """The two servers side by side."""
+    found = results("serve")
+    rows = [
+        [f"`{r['server']}`", f"{r['requests']}", f"{r['errors']}", f"{r['requests/s']:.2f}"]
+        + [f"{r.get('speed against mlx_lm.server', 1.0):.2f}x", f"{r['cached share of prompts']:.1%}"]
+        + [f"{r['bytes per cached token']:,.0f} ({r['of 16 bits']:.3f})"]
+        for r in found["rows"]
+    ]
+    head = ["server", "requests", "errors", "requests/s", "speed", "prompt tokens found cached"]
+    head += ["bytes per cached token (of 16 bits)"]
+    return f"`python benchmarks/serve.py`; {found['machine']}.\n\n{table(head, rows)}"
+
+
 def inserted(text: str, content: str) -> str:
     """`text` with `content` between the markers."""
     return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{content}\n{END}", text, flags=re.DOTALL)
 
 
+TABLES: dict[str, Callable[[], str]] = {
+    "README.md": readme_table,
+    "docs/measurements.md": measurements,
+    "docs/serving.md": serving,
+}
+
+
 def main() -> None:
-    for path, content in ((ROOT / "README.md", readme_table()), (ROOT / "docs" / "measurements.md", measurements())):
-        path.write_text(inserted(path.read_text(), content))
+    for name, content in TABLES.items():
+        path = ROOT / name
+        path.write_text(inserted(path.read_text(), content()))
 
 
 if __name__ == "__main__":
