@@ -9,13 +9,13 @@ token is encoded once, never again. `update_and_fetch` returns a `KVHandle` inst
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, _BaseCache, create_attention_mask
 
+from .cache_state import meta_of, pad_tokens, restore, state_of
 from .codecs import Codec, get_codec
 from .config import LayerSpec
 from .errors import CacheStateError
@@ -29,16 +29,8 @@ if TYPE_CHECKING:
 
 BLOCK = 8  # tokens between two encodings during decoding, and the least the planes grow by
 STEP_TOKENS = 16  # a call with at most this many new tokens is a decode (or verification) step, not prefill
-STATE_VERSION = 1
 
 Planes = dict[str, mx.array]
-
-
-def _pad_tokens(x: mx.array, count: int) -> mx.array:
-    """`count` zero tokens appended on axis 2."""
-    if count <= 0:
-        return x
-    return mx.concatenate([x, mx.zeros((*x.shape[:2], count, x.shape[3]), x.dtype)], axis=2)
 
 
 def owned(x: mx.array) -> mx.array:
@@ -193,8 +185,8 @@ class KVQCache(_BaseCache):
         start, stop = self._dense, self._dense + keys.shape[2]
         if self.dense_keys is None or self.dense_values is None:
             room = BLOCK if keys.shape[2] <= STEP_TOKENS else 0
-            self.dense_keys = _pad_tokens(owned(keys), room - keys.shape[2])
-            self.dense_values = _pad_tokens(owned(values), room - values.shape[2])
+            self.dense_keys = pad_tokens(owned(keys), room - keys.shape[2])
+            self.dense_values = pad_tokens(owned(values), room - values.shape[2])
         elif stop > self.dense_keys.shape[2]:
             room = BLOCK if keys.shape[2] <= STEP_TOKENS else 0
             self.dense_keys = self._grown(self.dense_keys, keys, room)
@@ -206,7 +198,7 @@ class KVQCache(_BaseCache):
 
     def _grown(self, dense: mx.array, new: mx.array, room: int) -> mx.array:
         joined = mx.concatenate([dense[..., : self._dense, :], new], axis=2)
-        return _pad_tokens(joined, room - new.shape[2])
+        return pad_tokens(joined, room - new.shape[2])
 
     def observe_queries(self, queries: mx.array) -> None:
         """Add the queries `(B, Hq, L, Dk)` of the newest tokens to the statistics, until the frame is frozen."""
@@ -330,7 +322,7 @@ class KVQCache(_BaseCache):
         new_values = self.value_codec.encode(values, self.value_statistics)
         self._append_planes(new_keys, new_values, count)
         self.dense_keys, self.dense_values = (
-            _pad_tokens(
+            pad_tokens(
                 mx.concatenate([x[..., :sinks, :], x[..., stop : self._dense, :]], axis=2),
                 self.spec.sinks + self.spec.recent + BLOCK - (self._dense - count),
             )
@@ -350,7 +342,7 @@ class KVQCache(_BaseCache):
                 return {name: owned(rows) for name, rows in new.items()}
             if not fits:
                 return {
-                    name: _pad_tokens(mx.concatenate([rows[..., start:stop, :], new[name]], axis=2), room)
+                    name: pad_tokens(mx.concatenate([rows[..., start:stop, :], new[name]], axis=2), room)
                     for name, rows in planes.items()
                 }
             for name, rows in new.items():
@@ -468,75 +460,24 @@ class KVQCache(_BaseCache):
 
     # ---- state -------------------------------------------------------------------------------------------------
 
-    def _meta(self) -> dict[str, Any]:
-        meta: dict[str, Any] = {
-            "version": STATE_VERSION,
-            "spec": self.spec.to_dict(),
-            "codecs": [self.key_codec.to_json(), self.value_codec.to_json()],
-            "rotary": self.rotary.to_dict(),
-            "route": self.route,
-            "offset": self.offset,
-            "packed": self._packed,
-            "dense": self._dense,
-            "step": self._step,
-            "shared": self.shared,
-            "padding_refused": self.padding_refused,
-            "frozen": self._frozen,
-        }
-        if self.dense_keys is not None:
-            meta["dense_capacity"] = self.dense_keys.shape[2]
-        if self.key_planes:
-            meta["plane_capacity"] = next(iter(self.key_planes.values())).shape[2] - self._packed_start
-        return meta
-
     @property
     def state(self) -> dict[str, Any]:
         """Everything needed to go on, self-describing: arrays without slack and one JSON string; packs first."""
         self.compact()
-        state: dict[str, Any] = {"meta": json.dumps(self._meta(), sort_keys=True)}
-        if self.dense_keys is not None:
-            keys, values = self.dense_tokens()
-            state["dense"] = {"keys": keys, "values": values}
-        if self._packed:
-            state["key_planes"], state["value_planes"] = self.packed_planes()
-        if self.frame is not None:
-            state["frame"] = {"mean": self.frame.mean, "scale": self.frame.scale}
-        for name in ("key_statistics", "value_statistics"):
-            if getattr(self, name):
-                state[name] = dict(getattr(self, name))
-        if self._query_energy is not None:
-            state["query_energy"] = self._query_energy
-        return state
+        return state_of(self)
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
-        meta = json.loads(state["meta"])
-        if meta["version"] > STATE_VERSION:
-            raise CacheStateError(
-                f"a cache state must have version {STATE_VERSION} or less, got {meta['version']}; "
-                "install a newer mlx-kvq-plugin"
-            )
-        for config in meta["codecs"]:
-            Codec.from_json(config)
+        meta = meta_of(state)
         KVQCache.__init__(self, LayerSpec(**meta["spec"]), Rotary.from_dict(meta["rotary"]), meta["route"])
-        self.shared, self.padding_refused = meta.get("shared", False), meta.get("padding_refused", "")
-        self.offset, self._packed, self._dense = meta["offset"], meta["packed"], meta["dense"]
-        self._step, self._frozen = meta["step"], meta["frozen"]
-        if "dense" in state:
-            slack = meta["dense_capacity"] - self._dense
-            self.dense_keys = _pad_tokens(state["dense"]["keys"], slack)
-            self.dense_values = _pad_tokens(state["dense"]["values"], slack)
-        if self._packed:
-            slack = meta["plane_capacity"] - self._packed
-            self.key_planes = {name: _pad_tokens(rows, slack) for name, rows in state["key_planes"].items()}
-            self.value_planes = {name: _pad_tokens(rows, slack) for name, rows in state["value_planes"].items()}
-        if "frame" in state:
-            self.frame = KeyFrame(self.rotary, state["frame"]["mean"], state["frame"]["scale"])
-        self.key_statistics = dict(state.get("key_statistics", {}))
-        self.value_statistics = dict(state.get("value_statistics", {}))
-        self._query_energy = state.get("query_energy")
-        self._restore(meta)
-
-    def _restore(self, meta: dict[str, Any]) -> None:
+        restore(self, meta, state)
+        self._restore_kind(meta)
         if self.route:
             self._lease = RouteLease(self.route)
+
+    def _kind_meta(self) -> dict[str, Any]:
+        """What only this kind of cache saves; JSON-ready."""
+        return {}
+
+    def _restore_kind(self, meta: dict[str, Any]) -> None:
+        """Inverse of `_kind_meta`."""

@@ -156,9 +156,8 @@ class SlidingKVQCache(KVQCache):
             self._rollback = 0
         return super().trim(n)
 
-    def _meta(self) -> dict[str, Any]:
-        return {**super()._meta(), "max_size": self.max_size, "ring": self._ring}
+    def _kind_meta(self) -> dict[str, Any]:
+        return {"max_size": self.max_size, "ring": self._ring}
 
-    def _restore(self, meta: dict[str, Any]) -> None:
+    def _restore_kind(self, meta: dict[str, Any]) -> None:
         self.max_size, self._ring = meta["max_size"], meta["ring"]
-        super()._restore(meta)

@@ -1,0 +1,106 @@
+"""The state of a cache: what `cache.state` gives to files and copies, and how it is read back.
+
+Arrays without slack, and one JSON string `meta` with everything else, so that a cache is rebuilt before any model or
+codec is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from .codecs import Codec
+from .errors import CacheStateError
+from .frame import KeyFrame
+
+if TYPE_CHECKING:
+    from .cache import KVQCache
+
+VERSION = 1
+
+
+def pad_tokens(x: mx.array, count: int) -> mx.array:
+    """`count` zero tokens appended on axis 2."""
+    if count <= 0:
+        return x
+    return mx.concatenate([x, mx.zeros((*x.shape[:2], count, x.shape[3]), x.dtype)], axis=2)
+
+
+def state_of(cache: KVQCache) -> dict[str, Any]:
+    """The state of a cache that has packed what it can; arrays are views."""
+    state: dict[str, Any] = {"meta": json.dumps(_meta(cache), sort_keys=True)}
+    if cache.dense_keys is not None:
+        keys, values = cache.dense_tokens()
+        state["dense"] = {"keys": keys, "values": values}
+    if cache._packed:
+        state["key_planes"], state["value_planes"] = cache.packed_planes()
+    if cache.frame is not None:
+        state["frame"] = {"mean": cache.frame.mean, "scale": cache.frame.scale}
+    for name in ("key_statistics", "value_statistics"):
+        if getattr(cache, name):
+            state[name] = dict(getattr(cache, name))
+    if cache._query_energy is not None:
+        state["query_energy"] = cache._query_energy
+    return state
+
+
+def _meta(cache: KVQCache) -> dict[str, Any]:
+    meta: dict[str, Any] = {
+        "version": VERSION,
+        "spec": cache.spec.to_dict(),
+        "codecs": [cache.key_codec.to_json(), cache.value_codec.to_json()],
+        "rotary": cache.rotary.to_dict(),
+        "route": cache.route,
+        "offset": cache.offset,
+        "packed": cache._packed,
+        "dense": cache._dense,
+        "step": cache._step,
+        "shared": cache.shared,
+        "padding_refused": cache.padding_refused,
+        "frozen": cache._frozen,
+        **cache._kind_meta(),
+    }
+    if cache.dense_keys is not None:
+        meta["dense_capacity"] = cache.dense_keys.shape[2]
+    if cache.key_planes:
+        meta["plane_capacity"] = next(iter(cache.key_planes.values())).shape[2] - cache._packed_start
+    return meta
+
+
+def meta_of(state: dict[str, Any]) -> dict[str, Any]:
+    """The JSON part of a state.
+
+    Raises:
+        CacheStateError: for a newer version.
+        CodecError: when an installed codec writes other bytes than the state's.
+    """
+    meta: dict[str, Any] = json.loads(state["meta"])
+    if meta["version"] > VERSION:
+        raise CacheStateError(
+            f"a cache state must have version {VERSION} or less, got {meta['version']}; install a newer mlx-kvq-plugin"
+        )
+    for config in meta["codecs"]:
+        Codec.from_json(config)
+    return meta
+
+
+def restore(cache: KVQCache, meta: dict[str, Any], state: dict[str, Any]) -> None:
+    """Put a state into an empty cache of its spec."""
+    cache.shared, cache.padding_refused = meta.get("shared", False), meta.get("padding_refused", "")
+    cache.offset, cache._packed, cache._dense = meta["offset"], meta["packed"], meta["dense"]
+    cache._step, cache._frozen = meta["step"], meta["frozen"]
+    if "dense" in state:
+        slack = meta["dense_capacity"] - cache._dense
+        cache.dense_keys = pad_tokens(state["dense"]["keys"], slack)
+        cache.dense_values = pad_tokens(state["dense"]["values"], slack)
+    if cache._packed:
+        slack = meta["plane_capacity"] - cache._packed
+        cache.key_planes = {name: pad_tokens(rows, slack) for name, rows in state["key_planes"].items()}
+        cache.value_planes = {name: pad_tokens(rows, slack) for name, rows in state["value_planes"].items()}
+    if "frame" in state:
+        cache.frame = KeyFrame(cache.rotary, state["frame"]["mean"], state["frame"]["scale"])
+    cache.key_statistics = dict(state.get("key_statistics", {}))
+    cache.value_statistics = dict(state.get("value_statistics", {}))
+    cache._query_energy = state.get("query_energy")
