@@ -1,6 +1,6 @@
 """Step time, memory and peak memory on a GPU: a llama-shaped model with random bfloat16 weights.
 
-    python benchmarks/gpu.py [--layers 8] [--tokens 1024 8192 32768] [--schemes tq4 rvq1 affine4]
+    python benchmarks/gpu.py [--layers 8] [--tokens 1024 8192 32768] [--schemes tq4 rvq1 affine4] [--batch 1 8]
 
 Steps are evaluated one by one, so launch and synchronization count in full for every scheme alike.
 """
@@ -42,11 +42,23 @@ def build(layers: int) -> Any:
     return model
 
 
+def milliseconds(model: Any, caches: list[Any], batch: int) -> float:
+    """Median time of a step of `batch` sequences with copies of `caches`; one sequence continues `caches` itself."""
+    used = caches if batch == 1 else [cache.merge([cache] * batch) for cache in caches]
+    times = []
+    for _ in range(23):
+        begin = time.perf_counter()
+        mx.eval(model(mx.array([[5]] * batch), cache=used))
+        times.append(time.perf_counter() - begin)
+    return 1e3 * statistics.median(times[3:])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 8192, 32768])
     parser.add_argument("--schemes", nargs="+", default=["tq4", "rvq1", "affine4"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="sequences that decode together")
     arguments = parser.parse_args()
     print(machine())
     model = build(arguments.layers)
@@ -59,16 +71,14 @@ def main() -> None:
                     length = min(CHUNK, tokens - start)
                     model.model(mx.random.randint(0, VOCABULARY, (1, length)), cache=caches)
                     mx.eval([cache.state for cache in caches])
-                times = []
-                for _ in range(23):
-                    begin = time.perf_counter()
-                    mx.eval(model(mx.array([[5]]), cache=caches))
-                    times.append(time.perf_counter() - begin)
-                print(
-                    f"{tokens} tokens, {scheme}: {1e3 * statistics.median(times[3:]):.2f} ms a step, "
-                    f"peak {mx.get_peak_memory() / 2**30:.2f} GiB; {kvq.cache_report(caches).summary()}",
-                    flush=True,
-                )
+                peak = mx.get_peak_memory() / 2**30
+                for batch in arguments.batch:
+                    step = milliseconds(model, caches, batch)
+                    print(
+                        f"{tokens} tokens, batch of {batch}, {scheme}: {step:.2f} ms a step, peak of the prefill "
+                        f"{peak:.2f} GiB; {kvq.cache_report(caches).summary()}",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -21,6 +22,10 @@ from .cache import KVQCache
 from .config import LayerSpec
 from .errors import CacheStateError
 from .handle import KVHandle
+
+# Masks as made here that say no more than "causal" about the tokens of each row. A model that changes one makes another
+# array; for one that does not, rows need no masks of their own.
+_PLAIN: weakref.WeakValueDictionary[int, mx.array] = weakref.WeakValueDictionary()
 
 Ledger = Any  # mlx_cache.BatchKVCache or mlx_cache.BatchRotatingKVCache; mlx-lm has no types
 
@@ -125,12 +130,19 @@ class BatchKVQCache(mlx_cache._BaseCache):
 
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False) -> Any:
         """The mask `(B, 1, N, T)` for N new tokens, as mlx-lm's batch cache gives it."""
-        window = {} if window_size is None else {"window_size": window_size}
-        if self._last_of_padded(N):
-            return self.ledger.make_mask(2, return_array=return_array, **window)[..., :1, :-1]
+        mask = self._ledger_mask(N, window_size, return_array)
+        limit = self.rows[0].window
+        if window_size is None if limit is None else N == 1 and (window_size or limit) >= limit:
+            _PLAIN[id(mask)] = mask
+        return mask
+
+    def _ledger_mask(self, N: int, window_size: int | None, return_array: bool) -> mx.array:
+        last = self._last_of_padded(N)
         if N > 1 and self._rotates:
             self.ledger._temporal_order()  # or the mask of a full ring leaves out the oldest token of a padded row
-        return self.ledger.make_mask(N, return_array=return_array, **window)
+        window = {} if window_size is None else {"window_size": window_size}
+        mask: mx.array = self.ledger.make_mask(2 if last else N, return_array=return_array, **window)
+        return mask[..., :1, :-1] if last else mask
 
     # ---- new tokens --------------------------------------------------------------------------------------------
 
@@ -188,6 +200,8 @@ class BatchKVQCache(mlx_cache._BaseCache):
     def row_calls(self, mask: mx.array | str | None) -> list[tuple[KVQCache, int, int, mx.array | str | None]]:
         """What each row attends with: its cache, its real new tokens `[start, stop)` and its own mask `(L, held)`."""
         calls = []
+        if isinstance(mask, mx.array) and _PLAIN.get(id(mask)) is mask and mask.shape[-1] == self._columns:
+            mask = None if mask.shape[-2] == 1 else "causal"
         in_order = self._in_order(mask) if isinstance(mask, mx.array) else mask
         for i, (row, (start, stop)) in enumerate(zip(self.rows, self._spans, strict=True)):
             own = in_order

@@ -143,6 +143,11 @@ class KVQCache(_BaseCache):
         B, H, _, Dk = self.dense_keys.shape
         return B * H * self.held * (Dk + self.dense_values.shape[-1]) * itemsize
 
+    @property
+    def window(self) -> int | None:
+        """Tokens that a query sees, itself included; `None` for all."""
+        return None
+
     def size(self) -> int:
         """Tokens stored."""
         return self.held

@@ -55,6 +55,10 @@ class SlidingKVQCache(KVQCache):
         self._rollback = 0  # newest tokens that can be trimmed although others have left the window
         self._speculates = False  # whether the next call is a step of several tokens
 
+    @property
+    def window(self) -> int | None:
+        return self.max_size
+
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         L = keys.shape[2]
         self.compact()  # what an attention that never ran left behind

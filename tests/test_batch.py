@@ -228,6 +228,29 @@ def test_a_last_chunk_of_one_token_of_padded_prompts() -> None:
             assert list(batch.run().tokens.values()) == expected
 
 
+def test_masks_that_a_model_changes_are_obeyed() -> None:
+    """A mask as made says no more than "causal"; another array, though equal in shape, may say more."""
+    model = tiny_models.llama()
+    first, second = prompts((60, 45))
+    with kvq.compress(model, EXACT):
+        batch = [layer.merge([layer, layer]) for layer in kvq.make_prompt_cache(model)]
+        for layer in batch:
+            layer.prepare(lengths=[60, 45], right_padding=[0, 15])
+        model(mx.array([first, second + [0] * 15]), cache=batch)
+        for layer in batch:
+            layer.finalize()
+        layer = batch[0]
+        mask = layer.make_mask(1)
+        x = mx.random.normal((2, 2, 1, 64))
+        layer.update_and_fetch(x, x)
+        assert [own for *_, own in layer.row_calls(mask)] == [None, None]
+        narrow = mask & (mx.arange(mask.shape[-1]) >= mask.shape[-1] - 5)
+        owns = [own for *_, own in layer.row_calls(narrow)]
+        assert [own.shape[-1] for own in owns] == [61, 46] and [mx.sum(own).item() for own in owns] == [5, 5]
+        with pytest.raises(CacheStateError, match="one column for each"):
+            layer.row_calls(mask[..., 1:])
+
+
 def test_only_caches_of_one_kind_form_a_batch() -> None:
     spec = LayerSpec("tq4", "tq4")
     (full,), (other,) = filled((30,), spec), filled((30,), LayerSpec("rvq1", "rvq1"))
