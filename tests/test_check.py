@@ -152,13 +152,13 @@ def test_wrong_trims_copies_and_files_fail(monkeypatch):
     monkeypatch.setattr(kvq.KVQCache, "trim", lambda cache, n: original(cache, n - 1) + 1)
     assert failed(one_layer()) == {"identity": {"trim and continue", "verify and trim"}}
     monkeypatch.undo()
-    restore = kvq.KVQCache._restore
+    restore = kvq.KVQCache._restore_kind
 
     def forgetful(cache: kvq.KVQCache, meta: dict[str, Any]) -> None:
         restore(cache, meta)
         cache.offset += 1
 
-    monkeypatch.setattr(kvq.KVQCache, "_restore", forgetful)
+    monkeypatch.setattr(kvq.KVQCache, "_restore_kind", forgetful)
     assert failed(one_layer()) == {"identity": {"save and load"}}
 
 
