@@ -9,11 +9,11 @@ token is encoded once, never again. `update_and_fetch` returns a `KVHandle` inst
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache, _BaseCache, create_attention_mask
+from mlx_lm.models.cache import BatchKVCache, CacheList, _BaseCache, create_attention_mask
 
 from .cache_state import meta_of, pad_tokens, restore, state_of
 from .codecs import Codec, get_codec
@@ -36,6 +36,15 @@ Planes = dict[str, mx.array]
 def owned(x: mx.array) -> mx.array:
     """A copy, so that a slice or a split does not keep a larger buffer alive."""
     return mx.concatenate([x[..., :1, :], x[..., 1:, :]], axis=2) if x.shape[2] > 1 else mx.contiguous(x)
+
+
+def flat_caches(caches: Sequence[Any]) -> Iterator[Any]:
+    """Every cache of a list, those inside a `CacheList` too."""
+    for cache in caches:
+        if isinstance(cache, CacheList):
+            yield from flat_caches(cache.caches)
+        else:
+            yield cache
 
 
 def plane_capacity(tokens: int) -> int:

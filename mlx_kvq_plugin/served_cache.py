@@ -6,28 +6,19 @@ import copy
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import CacheList, KVCache, LRUPromptCache, RotatingKVCache, can_trim_prompt_cache
+from mlx_lm.models.cache import KVCache, LRUPromptCache, RotatingKVCache, can_trim_prompt_cache
 
-from .cache import KVQCache
+from .cache import KVQCache, flat_caches
 from .errors import CacheStateError
 from .prompt_store import MIN_GAIN, PromptStore, StoreWriter, group_of
 from .report import cache_report
 from .sliding import allow_speculation
 
 log = logging.getLogger(__name__)
-
-
-def flat_caches(caches: list[Any]) -> Iterator[Any]:
-    """Every cache of a list, those inside a `CacheList` too."""
-    for cache in caches:
-        if isinstance(cache, CacheList):
-            yield from flat_caches(list(cache.caches))
-        else:
-            yield cache
 
 
 def trimmed_copy(caches: list[Any], count: int) -> list[Any] | None:

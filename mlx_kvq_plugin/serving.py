@@ -27,12 +27,13 @@ import mlx.core as mx
 from huggingface_hub.errors import CacheNotFound
 from mlx_lm import server
 
+from .cache import flat_caches
 from .errors import KVQError
 from .hook import LoadHook, compressed_loading
 from .isolation import Failure, IsolatingBatchGenerator
 from .loading import compression_of
 from .prompt_store import PromptStore
-from .served_cache import ServedPromptCache, flat_caches
+from .served_cache import ServedPromptCache
 from .serving_http import Handler, HTTPServer
 from .serving_report import context_limit, fp16_nbytes, layers_report, model_fact
 

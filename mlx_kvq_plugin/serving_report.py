@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import mlx.core as mx
+from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, ChunkedKVCache, KVCache, RotatingKVCache
 
+from .batch import BatchKVQCache
+from .cache import KVQCache
 from .loading import CacheMaker
 
 
@@ -32,13 +34,15 @@ def context_limit(model: Any) -> int | None:
 
 def fp16_nbytes(cache: Any) -> int:
     """Bytes of a cache's tokens in 16 bits; what has no keys and values counts as it is."""
-    if hasattr(cache, "dense_nbytes"):
+    if isinstance(cache, (KVQCache, BatchKVQCache)):
         return int(cache.dense_nbytes())
-    keys, values = getattr(cache, "keys", None), getattr(cache, "values", None)
-    if not isinstance(keys, mx.array) or not isinstance(values, mx.array) or keys.shape[2] == 0:
-        return int(cache.nbytes) if not hasattr(cache, "keys") else 0
+    if not isinstance(cache, (KVCache, RotatingKVCache, ChunkedKVCache, BatchKVCache, BatchRotatingKVCache)):
+        return int(cache.nbytes)
+    if cache.keys is None or cache.keys.shape[2] == 0:
+        return 0
+    keys, values = cache.keys, cache.values
     held = min(int(cache.size()), keys.shape[2])
-    return 2 * (keys.size + values.size) * held // keys.shape[2]
+    return int(2 * (keys.size + values.size) * held // keys.shape[2])
 
 
 def layers_report(maker: CacheMaker) -> dict[str, Any]:

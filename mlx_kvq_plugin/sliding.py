@@ -7,9 +7,9 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
-from mlx_lm.models.cache import BatchRotatingKVCache, CacheList
+from mlx_lm.models.cache import BatchRotatingKVCache
 
-from .cache import BLOCK, KVQCache, owned
+from .cache import BLOCK, KVQCache, flat_caches, owned
 from .config import LayerSpec
 from .errors import CacheStateError
 from .frame import MIN_TOKENS, SKIP_TOKENS
@@ -23,10 +23,8 @@ def allow_speculation(caches: Sequence[Any]) -> None:
     tokens of a step of several can be given back, which is all that speculative decoding needs. After this call they
     say yes until the next token, so it must be followed by speculative decoding; a trim raises `CacheStateError`.
     """
-    for cache in caches:
-        if isinstance(cache, CacheList):
-            allow_speculation(list(cache.caches))
-        elif isinstance(cache, SlidingKVQCache):
+    for cache in flat_caches(caches):
+        if isinstance(cache, SlidingKVQCache):
             cache._speculates = True
 
 

@@ -14,6 +14,7 @@ import mlx_lm
 import pytest
 
 import mlx_kvq_plugin as kvq
+from mlx_kvq_plugin.cli import main
 
 TEXT = """\
 A cache keeps what was computed once so that it need not be computed again. In a language model the keys and values
@@ -91,3 +92,15 @@ def text_ids() -> Callable[[Any, int], list[int]]:
         return (ids * (count // len(ids) + 1))[:count]
 
     return encode
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Exit code, stdout and stderr of one command."""
+
+    def command(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in argv])
+        return (code, *capsys.readouterr())
+
+    return command

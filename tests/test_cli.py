@@ -41,18 +41,6 @@ LONG = "It was the best of times, it was the worst of times, it was the age of w
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Exit code, stdout and stderr of one command."""
-
-    def command(*argv: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(argument) for argument in argv])
-        return (code, *capsys.readouterr())
-
-    return command
-
-
 def tokenizer_files(folder: Path, template: str | None) -> None:
     """A token per printable character and newline, and `<e>` (96) for the end."""
     characters = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]

@@ -23,18 +23,6 @@ from mlx_kvq_plugin.errors import UnsupportedModelError
 from mlx_kvq_plugin.hook import LoadHook, compressed_loading, describe_plan
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Exit code, stdout and stderr of one command."""
-
-    def command(*argv: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(argument) for argument in argv])
-        return (code, *capsys.readouterr())
-
-    return command
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model_folder(tmp_path_factory.mktemp("models") / "tiny")
