@@ -9,7 +9,8 @@ token is encoded once, never again. `update_and_fetch` returns a `KVHandle` inst
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from .config import LayerSpec
 from .errors import CacheStateError
 from .frame import MIN_TOKENS, SKIP_TOKENS, KeyFrame, fit_frame, query_energy
 from .handle import KVHandle
+from .planes import Rows, expanded, shared_planes, with_new_rows, without_newest
 from .rotary import Rotary, no_rotation
 from .routing import RouteLease
 
@@ -76,6 +78,7 @@ class KVQCache(_BaseCache):
         self.offset = 0  # tokens seen, the next token's position
         self._packed = 0  # tokens in the planes
         self._packed_start = 0  # first live token row of the planes (sliding windows only)
+        self._rows: Rows = {}  # of planes with a row for several tokens (planes.py)
         self._dense = 0  # tokens in the dense buffers
         self.dense_keys: mx.array | None = None
         self.dense_values: mx.array | None = None
@@ -95,12 +98,12 @@ class KVQCache(_BaseCache):
     @property
     def key_codec(self) -> Codec:
         """The codec of keys."""
-        return get_codec(self.spec.key, self.spec.seed)
+        return get_codec(self.spec.key, self.spec.seed, self.spec.rotation)
 
     @property
     def value_codec(self) -> Codec:
         """The codec of values."""
-        return get_codec(self.spec.value, self.spec.seed)
+        return get_codec(self.spec.value, self.spec.seed, self.spec.rotation)
 
     @property
     def exact(self) -> bool:
@@ -111,6 +114,15 @@ class KVQCache(_BaseCache):
     def uses_frame(self) -> bool:
         """Whether keys are encoded in the rotary frame."""
         return self.spec.frame and not self.key_codec.exact
+
+    @property
+    def block(self) -> int:
+        """Tokens between two encodings during decoding: `BLOCK`, or more for codecs that encode groups of tokens."""
+        return math.lcm(BLOCK, self._group)
+
+    @property
+    def _group(self) -> int:
+        return math.lcm(self.key_codec.group, self.value_codec.group)
 
     @property
     def held(self) -> int:
@@ -255,10 +267,11 @@ class KVQCache(_BaseCache):
         After a step of several tokens this gives what single steps of the same tokens would have given.
         """
         overflow = self._dense - self.sink_tokens - self.spec.recent
-        if overflow >= BLOCK and (self._step or self.spec.compress_after == "chunk"):
+        if overflow >= self.block and (self._step or self.spec.compress_after == "chunk"):
             self._frozen = self._frozen or self._freeze()
             if self._frozen:
-                self._pack(overflow // BLOCK * BLOCK if self._step else overflow)
+                unit = self.block if self._step else self._group
+                self._pack(overflow // unit * unit)
         if self._step_energy is not None:
             if not self._frozen:
                 energy = mx.sum(self._step_energy, axis=2, keepdims=True)
@@ -270,14 +283,14 @@ class KVQCache(_BaseCache):
         if not self._waits or self.exact:
             return []
         parts, start, frozen = [], 0, self._frozen
-        dense = self._dense - L
+        dense, block = self._dense - L, self.block
         for stop in range(1, L):
             dense += 1
             overflow = dense - min(self.spec.sinks, dense) - self.spec.recent
-            if overflow >= BLOCK and (frozen or dense >= self._tokens_to_freeze()):
+            if overflow >= block and (frozen or dense >= self._tokens_to_freeze()):
                 parts.append((start, stop))
                 start, frozen = stop, True
-                dense -= overflow // BLOCK * BLOCK
+                dense -= overflow // block * block
         return [*parts, (start, L)] if parts else []
 
     def before_newest(self) -> tuple[KVQCache, mx.array, mx.array]:
@@ -293,8 +306,8 @@ class KVQCache(_BaseCache):
         return view, keys, values
 
     def _tokens_to_freeze(self) -> int:
-        """Dense tokens that the frame's statistics need."""
-        if not self.uses_frame:
+        """Dense tokens that the statistics of frame and codecs need."""
+        if not (self.uses_frame or self.key_codec.fitted or self.value_codec.fitted):
             return 0
         return MIN_TOKENS + max(0, SKIP_TOKENS - (self.offset - self.held))
 
@@ -307,7 +320,7 @@ class KVQCache(_BaseCache):
         count, energy = self._dense, self._query_energy
         if self._waits:  # as many as when single steps would have frozen them
             before = self._dense - self._newest
-            count = max(needed, self.spec.sinks + self.spec.recent + BLOCK, before + 1)
+            count = max(needed, self.spec.sinks + self.spec.recent + self.block, before + 1)
             if self._step_energy is not None:
                 own = mx.sum(self._step_energy[..., : count - before, :], axis=2, keepdims=True)
                 energy = own if energy is None else energy + own
@@ -338,33 +351,49 @@ class KVQCache(_BaseCache):
         self.dense_keys, self.dense_values = (
             pad_tokens(
                 mx.concatenate([x[..., :sinks, :], x[..., stop : self._dense, :]], axis=2),
-                self.spec.sinks + self.spec.recent + BLOCK - (self._dense - count),
+                self.spec.sinks + self.spec.recent + self.block - (self._dense - count),
             )
             for x in (self.dense_keys, self.dense_values)
         )
         self._dense -= count
 
+    def _shared_planes(self) -> tuple[Mapping[str, int], Mapping[str, int]]:
+        """Key planes and value planes with a row for several tokens."""
+        assert self.dense_keys is not None and self.dense_values is not None
+        keys = shared_planes(self.key_codec, self.dense_keys.shape[-1])
+        return keys, shared_planes(self.value_codec, self.dense_values.shape[-1])
+
+    @property
+    def plane_rows(self) -> int:
+        """Tokens that the planes have room for, slack and slid-out ones included."""
+        if not self.key_planes:
+            return 0
+        shared = self._shared_planes()[0]
+        return next(plane.shape[2] for name, plane in self.key_planes.items() if name not in shared)
+
     def _append_planes(self, new_keys: Planes, new_values: Planes, count: int) -> None:
-        """Add `count` rows after the live ones: in place where they fit, else in one copy of the planes."""
+        """Add `count` tokens after the live ones: in place where they fit, else in one copy of the planes."""
         start, stop = self._packed_start, self._packed_start + self._packed
-        live = self.key_planes if self._packed else {}
-        fits = bool(live) and stop + count <= next(iter(live.values())).shape[2]
+        fits = self._packed > 0 and stop + count <= self.plane_rows
         room = plane_capacity(self._packed + count) - self._packed - count if self._step else 0
 
-        def appended(planes: Planes, new: Planes) -> Planes:
-            if not live:
+        def appended(planes: Planes, new: Planes, shared: Mapping[str, int]) -> Planes:
+            if not self._packed:
                 return {name: owned(rows) for name, rows in new.items()}
-            if not fits:
-                return {
-                    name: pad_tokens(mx.concatenate([rows[..., start:stop, :], new[name]], axis=2), room)
-                    for name, rows in planes.items()
-                }
+            found = dict(planes)
             for name, rows in new.items():
-                planes[name][..., stop : stop + count, :] = rows
-            return planes
+                if name in shared:
+                    found[name] = mx.concatenate([planes[name], rows], axis=2)
+                elif fits:
+                    found[name][..., stop : stop + count, :] = rows
+                else:
+                    found[name] = pad_tokens(mx.concatenate([planes[name][..., start:stop, :], rows], axis=2), room)
+            return found
 
-        self.key_planes = appended(self.key_planes, new_keys)
-        self.value_planes = appended(self.value_planes, new_values)
+        shared = self._shared_planes()
+        self.key_planes = appended(self.key_planes, new_keys, shared[0])
+        self.value_planes = appended(self.value_planes, new_values, shared[1])
+        self._rows = with_new_rows(self._rows, {t for side in shared for t in side.values()}, count)
         self._packed += count
         if not fits:
             self._packed_start = 0
@@ -372,15 +401,28 @@ class KVQCache(_BaseCache):
     # ---- stored tokens, for attention --------------------------------------------------------------------------
 
     def packed_planes(self) -> tuple[Planes, Planes]:
-        """Key and value planes of the packed tokens, without slack; views."""
+        """Key and value planes of the packed tokens, a row for each token, without slack; views."""
+        keys, values = self.live_planes()
+        if not self._rows:
+            return keys, values
+        shared = self._shared_planes()
+        return expanded(keys, shared[0], self._rows), expanded(values, shared[1], self._rows)
+
+    def live_planes(self) -> tuple[Planes, Planes]:
+        """Key and value planes of the packed tokens as they are stored, without slack; views."""
         start, stop = self._packed_start, self._packed_start + self._packed
+        whole = not self._packed or (start == 0 and self.plane_rows == stop)
 
-        def live(planes: Planes) -> Planes:
-            if not planes or (start == 0 and next(iter(planes.values())).shape[2] == stop):
-                return planes
-            return {name: mx.contiguous(rows[..., start:stop, :]) for name, rows in planes.items()}
+        def live(planes: Planes, shared: Mapping[str, int]) -> Planes:
+            return {
+                name: rows if whole or name in shared else mx.contiguous(rows[..., start:stop, :])
+                for name, rows in planes.items()
+            }
 
-        return live(self.key_planes), live(self.value_planes)
+        if not self.key_planes:
+            return {}, {}
+        shared = self._shared_planes()
+        return live(self.key_planes, shared[0]), live(self.value_planes, shared[1])
 
     def dense_tokens(self) -> tuple[mx.array, mx.array]:
         """Dense keys and values `(B, Hkv, dense, D)`: sinks, then recent tokens; views."""
@@ -447,6 +489,7 @@ class KVQCache(_BaseCache):
         from_sinks = max(0, n - recent - from_packed)
         self._dense -= min(n, recent) + from_sinks
         self._packed -= from_packed
+        self._rows = without_newest(self._rows, from_packed)
         self.offset -= n
         self._newest = max(0, self._newest - n)
         if self._step_energy is not None:
@@ -461,16 +504,31 @@ class KVQCache(_BaseCache):
         """Without packed tokens nothing depends on the statistics: the next ones are fitted afresh."""
         self.key_planes, self.value_planes = {}, {}
         self.key_statistics, self.value_statistics = {}, {}
-        self.frame, self._frozen, self._packed_start = None, False, 0
+        self.frame, self._frozen, self._packed_start, self._rows = None, False, 0, {}
         if self._dense == 0:
             self._query_energy = self._step_energy = None
 
     def _fit_planes(self) -> None:
         """Give back the rows of trimmed tokens when they are more than growth would allocate."""
-        rows = next(iter(self.key_planes.values())).shape[2]
-        if rows > plane_capacity(self._packed):
-            live_keys, live_values = self.packed_planes()
-            self.key_planes, self.value_planes, self._packed_start = dict(live_keys), dict(live_values), 0
+        self._cut_shared_planes(oldest=False)
+        if self.plane_rows > plane_capacity(self._packed):
+            self.key_planes, self.value_planes = self.live_planes()
+            self._packed_start = 0
+
+    def _cut_shared_planes(self, oldest: bool) -> None:
+        """Cut planes with a row for several tokens to the rows that are left after the oldest or the newest went."""
+
+        def cut(planes: Planes, shared: Mapping[str, int]) -> Planes:
+            found = dict(planes)
+            for name, tokens in shared.items():
+                count = len(self._rows[tokens])
+                if planes[name].shape[2] > count:
+                    rows = planes[name][..., -count:, :] if oldest else planes[name][..., :count, :]
+                    found[name] = mx.contiguous(rows)
+            return found
+
+        shared = self._shared_planes()
+        self.key_planes, self.value_planes = cut(self.key_planes, shared[0]), cut(self.value_planes, shared[1])
 
     # ---- state -------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ codec is loaded.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -35,7 +36,7 @@ def state_of(cache: KVQCache) -> dict[str, Any]:
         keys, values = cache.dense_tokens()
         state["dense"] = {"keys": keys, "values": values}
     if cache._packed:
-        state["key_planes"], state["value_planes"] = cache.packed_planes()
+        state["key_planes"], state["value_planes"] = cache.live_planes()
     if cache.frame is not None:
         state["frame"] = {"mean": cache.frame.mean, "scale": cache.frame.scale}
     for name in ("key_statistics", "value_statistics"):
@@ -65,7 +66,9 @@ def _meta(cache: KVQCache) -> dict[str, Any]:
     if cache.dense_keys is not None:
         meta["dense_capacity"] = cache.dense_keys.shape[2]
     if cache.key_planes:
-        meta["plane_capacity"] = next(iter(cache.key_planes.values())).shape[2] - cache._packed_start
+        meta["plane_capacity"] = cache.plane_rows - cache._packed_start
+    if cache._rows:
+        meta["rows"] = {str(tokens): list(lengths) for tokens, lengths in cache._rows.items()}
     return meta
 
 
@@ -96,9 +99,15 @@ def restore(cache: KVQCache, meta: dict[str, Any], state: dict[str, Any]) -> Non
         cache.dense_keys = pad_tokens(state["dense"]["keys"], slack)
         cache.dense_values = pad_tokens(state["dense"]["values"], slack)
     if cache._packed:
+        cache._rows = {int(tokens): tuple(lengths) for tokens, lengths in meta.get("rows", {}).items()}
         slack = meta["plane_capacity"] - cache._packed
-        cache.key_planes = {name: pad_tokens(rows, slack) for name, rows in state["key_planes"].items()}
-        cache.value_planes = {name: pad_tokens(rows, slack) for name, rows in state["value_planes"].items()}
+        keys, values = cache._shared_planes()
+
+        def padded(planes: dict[str, mx.array], shared: Mapping[str, int]) -> dict[str, mx.array]:
+            return {name: rows if name in shared else pad_tokens(rows, slack) for name, rows in planes.items()}
+
+        cache.key_planes = padded(state["key_planes"], keys)
+        cache.value_planes = padded(state["value_planes"], values)
     if "frame" in state:
         cache.frame = KeyFrame(cache.rotary, state["frame"]["mean"], state["frame"]["scale"])
     cache.key_statistics = dict(state.get("key_statistics", {}))

@@ -6,8 +6,10 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from .codecs import get_codec
+from .allocation import GRADIENT, SENSITIVITIES, Budget
+from .codecs import Codec, get_codec
 from .errors import CodecError, PluginError, SchemeError
+from .rotation import HADAMARD, ROTATIONS
 
 COMPRESS_AFTER = ("chunk", "prefill")
 FP16 = "fp16"
@@ -24,7 +26,8 @@ class KVQConfig:
 
     Attributes:
         key, value: codec names (`tq4`, `rvq1`, `affine8`, `identity`, ...). `fp16` on one side means `identity`;
-            on both sides it leaves every layer to mlx-lm.
+            on both sides it leaves every layer to mlx-lm. `tq@2.5` gives every layer and KV head a codec of the
+            family so that they have 2.5 bits on average (allocation.py), which takes a calibration.
         frame: encode keys in the rotary frame (frame.py); ignored by exact key codecs.
         edges: the first and last N attention layers stay as mlx-lm makes them.
         sinks: first tokens kept dense.
@@ -32,6 +35,9 @@ class KVQConfig:
         compress_after: `chunk` packs each prefill chunk right after use; `prefill` keeps the prompt dense until
             the first decode step: better quality, peak memory of an uncompressed prompt.
         seed: of the rotations' signs.
+        rotation: of codecs that rotate, one of `rotation.ROTATIONS`.
+        calibration: the file for average bits; "" looks for one next to the model.
+        sensitivity: what average bits are allocated by, one of `allocation.SENSITIVITIES`.
     """
 
     key: str = "tq4"
@@ -42,17 +48,31 @@ class KVQConfig:
     recent: int = 16
     compress_after: str = "chunk"
     seed: int = 0
+    rotation: str = HADAMARD
+    calibration: str = ""
+    sensitivity: str = GRADIENT
 
     def __post_init__(self) -> None:
+        if self.rotation not in ROTATIONS:
+            raise SchemeError(f"rotation must be one of {', '.join(ROTATIONS)}, got {self.rotation!r}")
         for side in ("key", "value"):
             name = getattr(self, side)
             if not isinstance(name, str):
                 raise SchemeError(f"{side} must be a codec name, got {name!r}")
             if name != FP16:
                 try:
-                    get_codec(name, self.seed if isinstance(self.seed, int) else 0)
+                    codecs = self._codecs(name)
                 except (CodecError, PluginError) as error:
                     raise SchemeError(str(error)) from error
+                if side == "value" and not all(codec.values for codec in codecs):
+                    raise SchemeError(
+                        f"values must be stored by a codec that can do them, got {name}, which is for keys only; "
+                        f'write for example "k={name},v={codecs[0].partner}"'
+                    )
+        if self.sensitivity not in SENSITIVITIES:
+            raise SchemeError(f"sensitivity must be one of {', '.join(SENSITIVITIES)}, got {self.sensitivity!r}")
+        if not isinstance(self.calibration, str):
+            raise SchemeError(f"calibration must be a path or empty, got {self.calibration!r}")
         if not isinstance(self.frame, bool):
             raise SchemeError(f"frame must be True or False, got {self.frame!r}")
         _check_int("edges", self.edges, 0)
@@ -61,6 +81,18 @@ class KVQConfig:
         _check_int("seed", self.seed, 0)
         if self.compress_after not in COMPRESS_AFTER:
             raise SchemeError(f"compress_after must be one of {COMPRESS_AFTER}, got {self.compress_after!r}")
+
+    def _codecs(self, name: str) -> list[Codec]:
+        """The codecs that a side may use."""
+        seed = self.seed if isinstance(self.seed, int) else 0
+        budget = Budget.parse(name)
+        names = [name] if budget is None else [budget.family + str(bits) for bits in budget.choices()]
+        return [get_codec(name, seed, self.rotation) for name in names]
+
+    @property
+    def budgets(self) -> tuple[Budget | None, Budget | None]:
+        """Average bits of keys and of values, for sides that have them."""
+        return Budget.parse(self.key), Budget.parse(self.value)
 
     @property
     def compresses(self) -> bool:
@@ -76,16 +108,17 @@ class KVQConfig:
         """Inverse of `to_json`; raises `SchemeError` for unknown fields or values."""
         return KVQConfig(**_checked_fields(KVQConfig, text))
 
-    def layer_spec(self) -> LayerSpec:
-        """What a compressed layer of this scheme does."""
+    def layer_spec(self, key: str = "", value: str = "") -> LayerSpec:
+        """What a compressed layer of this scheme does; `key` and `value` are what an allocation gives it."""
         return LayerSpec(
-            key="identity" if self.key == FP16 else self.key,
-            value="identity" if self.value == FP16 else self.value,
+            key=key or ("identity" if self.key == FP16 else self.key),
+            value=value or ("identity" if self.value == FP16 else self.value),
             frame=self.frame,
             sinks=self.sinks,
             recent=self.recent,
             compress_after=self.compress_after,
             seed=self.seed,
+            rotation=self.rotation,
         )
 
 
@@ -100,6 +133,7 @@ class LayerSpec:
     recent: int = 16
     compress_after: str = "chunk"
     seed: int = 0
+    rotation: str = HADAMARD
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

@@ -122,6 +122,11 @@ def sharded_load(
         UnsupportedModelError: when the heads cannot be shared out evenly, and as `compress`.
     """
     scheme = parse_scheme(kv_scheme)  # a wrong scheme fails before the weights are read
+    if any(scheme.budgets):
+        raise UnsupportedModelError(
+            f"a model over several ranks must have a scheme of whole bits, got {kv_scheme!r}: a calibration is of a "
+            "whole model; name a codec instead"
+        )
     model, tokenizer, config = mlx_utils.sharded_load(
         path_or_hf_repo, pipeline_group, tensor_group, return_config=True, **arguments
     )

@@ -16,6 +16,14 @@ class CodecError(KVQError, ValueError):
     """A codec name, parameter or input shape cannot be used."""
 
 
+class AllocationError(KVQError):
+    """Bits cannot be allocated as asked."""
+
+
+class CalibrationError(KVQError):
+    """A calibration cannot be made, found or used."""
+
+
 class UnsupportedModelError(KVQError):
     """No model adapter serves this architecture, or the check of one failed."""
 
@@ -54,3 +62,7 @@ class PromptCacheModelError(PromptCacheError):
 
 class DemoModelError(KVQError):
     """A demo model could not be downloaded, verified or converted."""
+
+
+class CorpusError(KVQError, ValueError):
+    """No text of this name ships with the package."""

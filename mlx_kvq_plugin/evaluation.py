@@ -1,4 +1,8 @@
-"""What a scheme costs on a model: the same text, teacher-forced, through two caches of the same weights."""
+"""What a scheme costs on a model: the same text, teacher-forced, through two caches of the same weights.
+
+Whoever holds the log probabilities of both runs calls `compare`; ruler.py steps both at once, reduces every step to
+`Scores` and never holds more than one step of them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+
+LAST = 64  # last positions that are averaged on their own: dense first and recent tokens flatter the others
 
 
 @dataclass(frozen=True)
@@ -18,6 +24,7 @@ class Fidelity:
         top1: fraction of positions whose most likely token agrees.
         perplexity, reference_perplexity: of the true next tokens.
         positions: how many were scored.
+        kl_last: mean KL of the last `LAST` positions of every text.
     """
 
     kl_mean: float
@@ -28,6 +35,63 @@ class Fidelity:
     perplexity: float
     reference_perplexity: float
     positions: int
+    kl_last: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What is kept of a run beside its reference: scalars a position, a row a text.
+
+    Attributes:
+        kl: KL(reference || run) in nats, `(B, P)`.
+        same: whether the most likely token agrees, `(B, P)`.
+        logprobs, reference_logprobs: of the true next tokens, `(B, P - 1)`: the last one's is not known.
+    """
+
+    kl: mx.array
+    same: mx.array
+    logprobs: mx.array
+    reference_logprobs: mx.array
+
+    def row(self, index: int) -> Scores:
+        """One text of several."""
+        rows = slice(index, index + 1)
+        return Scores(self.kl[rows], self.same[rows], self.logprobs[rows], self.reference_logprobs[rows])
+
+    def fidelity(self) -> Fidelity:
+        """The summary over all texts and positions."""
+        ordered = mx.sort(self.kl.reshape(-1))
+        count = ordered.shape[0]
+        return Fidelity(
+            kl_mean=_number(mx.mean(self.kl)),
+            kl_median=_number(ordered[count // 2]),
+            kl_p99=_number(ordered[min(count - 1, int(0.99 * count))]),
+            kl_max=_number(ordered[-1]),
+            top1=_number(mx.sum(self.same)) / count,
+            perplexity=_number(mx.exp(-mx.mean(self.logprobs))),
+            reference_perplexity=_number(mx.exp(-mx.mean(self.reference_logprobs))),
+            positions=count,
+            kl_last=_number(mx.mean(self.kl[:, -LAST:])),
+        )
+
+
+def logprobs(logits: mx.array) -> mx.array:
+    """Log probabilities `(..., V)` float32; the largest logit is taken off first, so that sums lose no digits to it."""
+    wide = logits.astype(mx.float32)
+    wide = wide - mx.max(wide, axis=-1, keepdims=True)
+    return wide - mx.log(mx.sum(mx.exp(wide), axis=-1, keepdims=True))
+
+
+def divergence(reference: mx.array, run: mx.array) -> mx.array:
+    """KL(reference || run) `(...)` in nats of log probabilities `(..., V)`: exactly 0 where they are equal."""
+    possible = reference > -mx.inf  # a token without any probability adds nothing, however unlikely the run finds it
+    terms = mx.where(possible, mx.exp(reference) * (reference - run), 0.0)
+    return mx.maximum(mx.sum(terms, axis=-1), 0.0)
+
+
+def agreement(reference: mx.array, run: mx.array) -> mx.array:
+    """Whether the most likely tokens of `(..., V)` are the same."""
+    return mx.argmax(reference, axis=-1) == mx.argmax(run, axis=-1)
 
 
 def step_logprobs(model: Any, caches: list[Any], tokens: Sequence[int], prefill: int, chunk: int = 2048) -> mx.array:
@@ -40,8 +104,7 @@ def step_logprobs(model: Any, caches: list[Any], tokens: Sequence[int], prefill:
         mx.eval([cache.state for cache in caches])
     rows = []
     for token in tokens[prefill:]:
-        logits = model(mx.array([[token]]), cache=caches)[0, -1].astype(mx.float32)
-        rows.append(logits - mx.logsumexp(logits))
+        rows.append(logprobs(model(mx.array([[token]]), cache=caches)[0, -1]))
         mx.eval(rows[-1])
     return mx.stack(rows)
 
@@ -54,21 +117,12 @@ def _number(x: mx.array) -> float:
 
 def compare(reference: mx.array, run: mx.array, tokens: Sequence[int]) -> Fidelity:
     """Compare `step_logprobs` of two runs over the same tokens (the stepped ones)."""
-    kl = mx.maximum(mx.sum(mx.exp(reference) * (reference - run), axis=-1), 0.0)
-    ordered = mx.sort(kl)
-    count = kl.shape[0]
-    targets = mx.array(list(tokens[1:]))[:, None]
+    targets = mx.array(list(tokens[1:]), mx.int32)[:, None]
 
-    def perplexity(logprobs: mx.array) -> float:
-        return _number(mx.exp(-mx.mean(mx.take_along_axis(logprobs[:-1], targets, axis=-1))))
+    def of_targets(found: mx.array) -> mx.array:
+        return mx.take_along_axis(found[:-1], targets, axis=-1).reshape(1, -1)
 
-    return Fidelity(
-        kl_mean=_number(mx.mean(kl)),
-        kl_median=_number(ordered[count // 2]),
-        kl_p99=_number(ordered[min(count - 1, int(0.99 * count))]),
-        kl_max=_number(ordered[-1]),
-        top1=_number(mx.mean(mx.argmax(reference, axis=-1) == mx.argmax(run, axis=-1))),
-        perplexity=perplexity(run),
-        reference_perplexity=perplexity(reference),
-        positions=count,
+    scores = Scores(
+        divergence(reference, run)[None], agreement(reference, run)[None], of_targets(run), of_targets(reference)
     )
+    return scores.fidelity()

@@ -12,6 +12,7 @@ import mlx_lm
 from mlx_lm.models import cache as mlx_cache
 
 from .adapters import FULL, GENERIC, REFUSED, SLIDING, Adapter, LayerGeometry, load_adapter, model_type_of
+from .allocation import KEY, VALUE, Allocation
 from .cache import KVQCache
 from .codecs import get_codec
 from .config import KVQConfig, LayerSpec
@@ -41,7 +42,7 @@ class LayerPlan:
     rotary: Rotary | None = None
 
 
-def _stock_caches(model: Any) -> list[Any]:
+def stock_caches(model: Any) -> list[Any]:
     """The caches mlx-lm makes, whether or not the model is compressed."""
     maker = getattr(model, "make_cache", None)
     if isinstance(maker, CacheMaker):
@@ -64,9 +65,14 @@ def _rotary_of(geometry: LayerGeometry) -> tuple[Rotary | None, str]:
     return known[1], known[2]
 
 
-def plan_layers(model: Any, config: KVQConfig, adapter: Adapter) -> list[LayerPlan]:
-    """What `config` does to each cache entry of `model`: pure, nothing is changed."""
-    stock = _stock_caches(model)
+def plan_layers(
+    model: Any, config: KVQConfig, adapter: Adapter, allocation: Allocation | None = None
+) -> list[LayerPlan]:
+    """What `config` does to each cache entry of `model`: pure, nothing is changed.
+
+    Average bits take an `allocation`; without one the codecs of such a scheme are those of the nearest whole bits.
+    """
+    stock = stock_caches(model)
     layers = adapter.geometry(model)
     if len(stock) != len(layers):
         raise UnsupportedModelError(
@@ -76,7 +82,7 @@ def plan_layers(model: Any, config: KVQConfig, adapter: Adapter) -> list[LayerPl
     attention = [i for i, layer in enumerate(layers) if layer.kind in _EXPECTED]
     edges = _edges(model, attention, config.edges)
     return [
-        _plan_layer(i, layer, cache, config, i in edges)
+        _plan_layer(i, layer, cache, config, i in edges, allocation)
         for i, (layer, cache) in enumerate(zip(layers, stock, strict=True))
     ]
 
@@ -93,7 +99,9 @@ def _edges(model: Any, attention: list[int], count: int) -> set[int]:
     return set(attention[:first] + attention[max(0, len(attention) - last) :])
 
 
-def _plan_layer(index: int, layer: LayerGeometry, entry: Any, config: KVQConfig, edge: bool) -> LayerPlan:
+def _plan_layer(
+    index: int, layer: LayerGeometry, entry: Any, config: KVQConfig, edge: bool, allocation: Allocation | None
+) -> LayerPlan:
     def stays(reason: str) -> LayerPlan:
         return LayerPlan(index, layer, None, reason)
 
@@ -107,9 +115,11 @@ def _plan_layer(index: int, layer: LayerGeometry, entry: Any, config: KVQConfig,
         return stays(f"mlx-lm gives this {layer.kind} layer a {type(cache).__name__}")
     if edge:
         return stays(f"edge layer (edges={config.edges})")
-    spec = config.layer_spec()
+    spec = config.layer_spec(*(_allocated(config, allocation, side, index) for side in (KEY, VALUE)))
     for name, dim in ((spec.key, layer.key_dim), (spec.value, layer.value_dim)):
-        get_codec(name, spec.seed).planes(dim, "float16")  # raises CodecError for a head size it cannot do
+        get_codec(name, spec.seed, spec.rotation).planes(
+            dim, "float16"
+        )  # raises CodecError for a head size it cannot do
     if layer.kind == SLIDING:
         if cache.keep:
             return stays(f"a rotating cache that keeps {cache.keep} first tokens is not packed")
@@ -120,11 +130,29 @@ def _plan_layer(index: int, layer: LayerGeometry, entry: Any, config: KVQConfig,
     return LayerPlan(index, layer, spec, "; ".join(text for text in (layer.note, remark) if text), rotary)
 
 
+def _allocated(config: KVQConfig, allocation: Allocation | None, side: str, index: int) -> str:
+    """The codec that an average gives to a layer's side; "" for a side without average bits."""
+    budget = dict(zip((KEY, VALUE), config.budgets, strict=True))[side]
+    if budget is None:
+        return ""
+    if allocation is None:
+        return budget.family + str(min(budget.choices(), key=lambda bits: abs(bits - budget.bits)))
+    return allocation.codec(side, index)
+
+
 class CacheMaker:
     """The `make_cache` of a compressed model."""
 
-    def __init__(self, model: Any, config: KVQConfig, adapter: Adapter, source: str = ""):
+    def __init__(
+        self,
+        model: Any,
+        config: KVQConfig,
+        adapter: Adapter,
+        source: str = "",
+        allocation: Allocation | None = None,
+    ):
         self.model, self.config, self.adapter, self.source = model, config, adapter, source
+        self.allocation = allocation
         self.original = getattr(model, "make_cache", None)
 
     @property
@@ -134,10 +162,10 @@ class CacheMaker:
 
     def plan(self) -> list[LayerPlan]:
         """What happens to each cache entry."""
-        return plan_layers(self.model, self.config, self.adapter)
+        return plan_layers(self.model, self.config, self.adapter, self.allocation)
 
     def __call__(self) -> list[Any]:
-        caches = _stock_caches(self.model)
+        caches = stock_caches(self.model)
         for i, plan in enumerate(self.plan()):
             if plan.spec is not None:
                 caches[i] = self._compressed(plan, caches[i])
@@ -238,7 +266,8 @@ def compress(
         A `Compression`; use it as a context manager or call `undo()` to restore the model.
 
     Raises:
-        SchemeError, UnsupportedModelError, PluginError, CodecError.
+        SchemeError, UnsupportedModelError, PluginError, CodecError; CalibrationError for average bits without a
+        calibration of this model.
     """
     config = parse_scheme(kv_scheme)
     if compression_of(model) is not None:
@@ -258,7 +287,7 @@ def compress(
 
 
 def _attach(model: Any, config: KVQConfig, adapter: Adapter, source: str = "") -> Compression:
-    maker = CacheMaker(model, config, adapter, source)
+    maker = CacheMaker(model, config, adapter, source, _allocation(model, config, adapter, source))
     plans = maker.plan()
     modules: list[Globals] = []
     swapped: list[tuple[Any, type[nn.Module]]] = []
@@ -279,6 +308,16 @@ def _attach(model: Any, config: KVQConfig, adapter: Adapter, source: str = "") -
     return Compression(model, maker, modules, swapped, replaced)
 
 
+def _allocation(model: Any, config: KVQConfig, adapter: Adapter, source: str) -> Allocation | None:
+    """The allocation of a scheme with average bits over the layers that it compresses."""
+    if not any(config.budgets):
+        return None
+    from .calibration import calibration_for
+
+    layers = [plan.index for plan in plan_layers(model, config, adapter) if plan.spec is not None]
+    return calibration_for(model, config, source).allocate(config, layers)
+
+
 def _check_generic(model: Any) -> None:
     """Logits with identity caches must equal mlx-lm's exactly on an architecture that no adapter vouches for."""
     tokens = mx.arange(1, 97)[None] % model.args.vocab_size
@@ -288,7 +327,7 @@ def _check_generic(model: Any) -> None:
         mx.eval(outputs)
         return outputs
 
-    expected = run(_stock_caches(model))
+    expected = run(stock_caches(model))
     try:
         with _attach(model, KVQConfig(key="identity", value="identity"), GENERIC) as compression:
             found = run(compression.maker())

@@ -82,15 +82,20 @@ class PromptCacheInfo:
     sharding: str = ""
 
 
-def model_fingerprint(model: Any) -> str:
-    """Digest of the names, shapes, dtypes and 64 sampled values of every parameter: changes with weights or dtype."""
+def model_fingerprint(model: Any, any_float: bool = False) -> str:
+    """Digest of the names, shapes, dtypes and 64 sampled values of every parameter: changes with weights or dtype.
+
+    With `any_float` all float dtypes of the same weights have one digest: values are compared as bfloat16.
+    """
     digest = hashlib.blake2b(digest_size=16)
     samples = []
     parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     for name, value in sorted(parameters.items()):
-        digest.update(f"{name} {value.shape} {value.dtype};".encode())
-        step = max(1, value.size // 64)
-        samples.append(mx.contiguous(value.reshape(-1)[::step][:64]).view(mx.uint8))
+        sample = value.reshape(-1)[:: max(1, value.size // 64)][:64]
+        if any_float and mx.issubdtype(value.dtype, mx.floating):
+            sample = sample.astype(mx.bfloat16)
+        digest.update(f"{name} {value.shape} {sample.dtype};".encode())
+        samples.append(mx.contiguous(sample).view(mx.uint8))
     mx.eval(samples)
     for sample in samples:
         digest.update(np.array(sample).tobytes())

@@ -9,10 +9,11 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import BatchRotatingKVCache
 
-from .cache import BLOCK, KVQCache, flat_caches, owned
+from .cache import KVQCache, flat_caches, owned
 from .config import LayerSpec
 from .errors import CacheStateError
 from .frame import MIN_TOKENS, SKIP_TOKENS
+from .planes import without_oldest
 from .rotary import Rotary
 
 
@@ -30,7 +31,7 @@ def allow_speculation(caches: Sequence[Any]) -> None:
 
 def smallest_window(spec: LayerSpec) -> int:
     """Windows below this stay dense anyway: statistics, recent tokens and one block do not fit twice."""
-    return 2 * max(MIN_TOKENS + SKIP_TOKENS, spec.recent + BLOCK)
+    return 2 * max(MIN_TOKENS + SKIP_TOKENS, spec.recent + KVQCache(spec).block)
 
 
 class SlidingKVQCache(KVQCache):
@@ -87,8 +88,11 @@ class SlidingKVQCache(KVQCache):
         from_packed = min(extra, self._packed)
         self._packed -= from_packed
         self._packed_start += from_packed
+        self._rows = without_oldest(self._rows, from_packed)
         if self._packed == 0:
-            self.key_planes, self.value_planes, self._packed_start = {}, {}, 0
+            self.key_planes, self.value_planes, self._packed_start, self._rows = {}, {}, 0, {}
+        elif self._rows:
+            self._cut_shared_planes(oldest=True)
         extra -= from_packed
         if extra:
             assert self.dense_keys is not None and self.dense_values is not None

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 
 from mlx_kvq_plugin.adapters import Adapter, LayerGeometry, attention_geometry
-from mlx_kvq_plugin.codecs import NO_STATISTICS, Codec, Plane, Planes, Statistics
+from mlx_kvq_plugin.codecs import Codec, Plane, Planes, Statistics
 
 
 def geometry(model: Any) -> list[LayerGeometry]:
@@ -29,10 +29,8 @@ class Half(Codec):
     def planes(self, dim: int, dtype: str) -> tuple[Plane, ...]:
         return (Plane("rounded", "bfloat16", dim),)
 
-    def encode(self, x: mx.array, statistics: Statistics = NO_STATISTICS) -> dict[str, mx.array]:
+    def _encode(self, x: mx.array, statistics: Statistics) -> dict[str, mx.array]:
         return {"rounded": x.astype(mx.bfloat16)}
 
-    def decode(
-        self, planes: Planes, dim: int, dtype: mx.Dtype = mx.float32, statistics: Statistics = NO_STATISTICS
-    ) -> mx.array:
+    def _decode(self, planes: Planes, dim: int, dtype: mx.Dtype, statistics: Statistics) -> mx.array:
         return planes["rounded"].astype(dtype)

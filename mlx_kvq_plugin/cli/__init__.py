@@ -1,7 +1,8 @@
 """The `kvq` command: one file per group of commands, each with an `add_commands(commands)`.
 
-Exit codes: 0, 2 for wrong input (one sentence on stderr), 1 for a prompt-cache file that fails `kvq cache verify`
-or a model that fails `kvq check`, 130 after an interrupt, 141 when the reader of stdout is gone.
+Exit codes: 0, 2 for wrong input (one sentence on stderr), 1 for a prompt-cache file that fails `kvq cache verify`, a
+model that fails `kvq check` or a codec that fails `kvq validate`, 130 after an interrupt, 141 when the reader of stdout
+is gone.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from importlib.metadata import version
 
 from ..errors import KVQError
-from . import check, generate, models, prompts, run, schemes, serve
+from . import calibrate, check, generate, models, plan, prompts, run, schemes, serve, theory
 from .arguments import Parser, complain
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells count signals: 128 + SIGINT, 128 + SIGPIPE
@@ -27,7 +28,7 @@ def _parser() -> Parser:
     versions = f"kvq {version('mlx-kvq-plugin')} (mlx-lm {version('mlx-lm')}, mlx {version('mlx')})"
     parser.add_argument("--version", action="version", version=versions)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for group in (generate, prompts, schemes, models, run, serve, check):
+    for group in (generate, prompts, schemes, plan, models, run, serve, check, calibrate, theory):
         group.add_commands(commands)
     return parser
 

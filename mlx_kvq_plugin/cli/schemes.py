@@ -5,19 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from itertools import groupby
 from typing import Any
 
-from ..adapters import SLIDING, LayerGeometry
-from ..codecs import get_codec
+from ..adapters import LayerGeometry
 from ..config import FP16, KVQConfig
 from ..errors import CodecError
+from ..layouts import STEPS
 from ..loading import LayerPlan, compress
+from ..planning import SchemePlan, plan_caches
 from ..rotary import read_rotary
 from ..schemes import format_scheme, list_schemes, parse_scheme
-from .arguments import MODEL_HELP, add_arch_option, add_command, note, positive
+from .arguments import MODEL_HELP, UsageError, add_arch_option, add_command, note, positive
+from .calibrate import run_allocation
+from .live import add_live_options, run_live
 from .models import load_model
 
 _MODIFIERS = {
@@ -60,45 +63,12 @@ def _run_schemes(options: argparse.Namespace) -> int:
     return 0
 
 
-def planned_nbytes(plan: LayerPlan, tokens: int) -> int:
-    """Bytes that one layer holds after `tokens` tokens of one sequence, in a model of 16-bit keys and values.
-
-    A dense token takes `2 * kv_heads * (key_dim + value_dim)` bytes, a packed one `kv_heads` times the widths of both
-    codecs' planes. A sliding layer holds `min(tokens, window)` tokens. A layer that mlx-lm keeps has them all dense;
-    a compressed one has `sinks` (none on sliding layers) and `recent` tokens dense and the rest packed. Left out:
-    up to 8 tokens that wait to be packed, growth slack below 1/256, statistics (about 6 * key_dim bytes a KV head
-    of float32), and recurrent states.
-    """
-    geometry, spec = plan.geometry, plan.spec
-    held = tokens if geometry.window is None else min(tokens, geometry.window)
-    dense_token = 2 * geometry.kv_heads * (geometry.key_dim + geometry.value_dim)
-    if spec is None:
-        return held * dense_token
-    dense = min(held, spec.recent + (0 if geometry.kind == SLIDING else spec.sinks))
-    planes = get_codec(spec.key, spec.seed).planes(geometry.key_dim, "float16")
-    planes += get_codec(spec.value, spec.seed).planes(geometry.value_dim, "float16")
-    return dense * dense_token + (held - dense) * geometry.kv_heads * sum(plane.nbytes for plane in planes)
-
-
-@dataclass(frozen=True)
-class SchemePlan:
-    """What a scheme does to a model: a plan per cache entry, or none and the reason."""
-
-    scheme: str
-    layers: list[LayerPlan]
-    error: str = ""
-
-    def nbytes(self, tokens: int) -> int:
-        """Bytes of all layers."""
-        return sum(planned_nbytes(layer, tokens) for layer in self.layers)
-
-
-def _plan(model: Any, scheme: str, unknown_arch: str) -> SchemePlan:
+def _plan(model: Any, scheme: str, unknown_arch: str, source: str) -> SchemePlan:
     try:
-        with compress(model, scheme, unknown_arch=unknown_arch) as compression:
-            return SchemePlan(scheme, compression.maker.plan())
+        with compress(model, scheme, unknown_arch=unknown_arch, source=source) as compression:
+            return plan_caches(compression.maker)
     except CodecError as error:  # a head size that the codec cannot do
-        return SchemePlan(scheme, [], str(error))
+        return SchemePlan(scheme, (), error=str(error))
 
 
 def _rope(geometry: LayerGeometry) -> dict[str, Any]:
@@ -176,9 +146,21 @@ def _ranges(plans: Sequence[LayerPlan]) -> list[str]:
 
 
 def _run_inspect(options: argparse.Namespace) -> int:
+    if options.allocation is not None:
+        return run_allocation(options)
+    if options.plot is not None:
+        raise UsageError("--plot must go with --allocation, got it alone; add --allocation FILE or leave it out")
+    if options.model is None:
+        raise UsageError("a model must be named, got none; only --allocation FILE works without one")
+    if options.live:
+        return run_live(options)
+    if options.prompt is not None:
+        raise UsageError("--prompt must go with --live, got it alone; add --live or leave it out")
     schemes = [format_scheme(parse_scheme(scheme)) for scheme in options.kv_scheme or DEFAULT_SCHEMES]
     loaded = load_model(options.model, False, lazy=True)
-    plans = [_plan(loaded.model, scheme, options.unknown_arch) for scheme in dict.fromkeys((FP16, *schemes))]
+    plans = [
+        _plan(loaded.model, scheme, options.unknown_arch, loaded.source) for scheme in dict.fromkeys((FP16, *schemes))
+    ]
     stock = plans[0].layers
     ropes = [_rope(plan.geometry) for plan in stock]
     warning = rope_warning(loaded.model, loaded.config, ropes)
@@ -236,7 +218,10 @@ def _print_layers(layers: Sequence[dict[str, Any]]) -> None:
 
 
 def _print_memory(plans: Sequence[SchemePlan], contexts: Sequence[int]) -> None:
-    print("\nMiB of KV cache per sequence (and ratio to fp16) at so many tokens, for 16-bit keys and values")
+    print(
+        "\nMiB of KV cache per sequence (and ratio to fp16) at so many tokens, the last "
+        f"{STEPS} of them generated, for 16-bit keys and values"
+    )
     width = max(20, *(len(plan.scheme) for plan in plans))
     print(f"{'scheme':{width}s}" + "".join(f"{tokens:>18d}" for tokens in contexts))
     for plan in plans:
@@ -263,12 +248,15 @@ def add_commands(commands: Any) -> None:
         commands,
         "inspect",
         _run_inspect,
-        "Show a model's layers, what schemes do to each, and the memory of its KV cache. Weights are not read.",
+        "Show a model's layers, what schemes do to each, and the memory of its KV cache. Weights are not read, but for "
+        "--live, which runs the model.",
         "  kvq inspect demo:gemma3\n"
+        "  kvq inspect demo:smollm2 --live --kv-scheme rvq1 --prompt @text.txt\n"
         "  kvq inspect mlx-community/Qwen3-8B-4bit --kv-scheme rvq1 --kv-scheme tq4,edges=2\n"
-        "  kvq inspect ./model --contexts 4096 65536 --json",
+        "  kvq inspect ./model --contexts 4096 65536 --json\n"
+        "  kvq inspect --allocation kvq_calibration.safetensors --kv-scheme tq@2.5 --plot bits.png",
     )
-    inspect.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    inspect.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
     inspect.add_argument(
         "--kv-scheme",
         action="append",
@@ -283,5 +271,8 @@ def add_commands(commands: Any) -> None:
         metavar="N",
         help="tokens (default: " + " ".join(map(str, DEFAULT_CONTEXTS)) + ")",
     )
+    add_live_options(inspect)
+    inspect.add_argument("--allocation", metavar="FILE", help="bits per layer and head from this calibration; no MODEL")
+    inspect.add_argument("--plot", metavar="FILE.png", help="draw them too, with --allocation")
     add_arch_option(inspect)
     inspect.add_argument("--json", action="store_true", help="one JSON object")

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
+import numpy as np
 
 from ..errors import CodecError
 from ..plugins import load_plugin, plugin_names
+from ..rotation import HADAMARD, ROTATIONS
+from .arrays import from_numpy, lead_axes, to_numpy, with_lead_axes
 
 GROUP = "mlx_kvq_plugin.codecs"
 
@@ -26,26 +29,39 @@ NO_STATISTICS: Statistics = {}
 
 @dataclass(frozen=True)
 class Plane:
-    """One stored array of a codec: `width` elements of `dtype` (an MLX dtype name) per token and KV head."""
+    """One stored array of a codec: rows of `width` elements of `dtype` (an MLX dtype name) per KV head.
+
+    Attributes:
+        tokens: consecutive tokens that share a row, 1 for most.
+        share: of the KV heads that have the plane at all.
+    """
 
     name: str
     dtype: str
     width: int
+    tokens: int = 1
+    share: float = 1.0
 
     @property
-    def nbytes(self) -> int:
-        """Bytes per token and KV head."""
+    def row_nbytes(self) -> int:
+        """Bytes of one row of one KV head."""
         dtype: mx.Dtype = getattr(mx, self.dtype)
         return self.width * dtype.size
+
+    @property
+    def nbytes(self) -> float:
+        """Bytes per token and KV head, averaged over the tokens of a row and over the heads."""
+        return self.row_nbytes * self.share / self.tokens
 
 
 @dataclass(frozen=True)
 class Codec:
-    """A map `(B, Hkv, L, D) -> {plane: (B, Hkv, L, width)}` and back.
+    """A map `(B, Hkv, L, D) -> {plane: (B, Hkv, rows, width)}` and back.
 
-    What must hold for every codec:
+    A codec implements `planes`, `_encode` and `_decode`. What must hold:
       * token-addressable: the codes of a token depend on that token (and frozen `statistics`) alone, so encoding in
-        pieces equals encoding at once and planes can be cut anywhere on the token axis;
+        pieces equals encoding at once and planes can be cut anywhere on the token axis. A codec with `group` above 1
+        encodes that many consecutive tokens together; pieces then are multiples of it.
       * deterministic: equal config, statistics and input give equal bits; `version` grows when the bytes change;
       * `scores` and `weighted_sum` work in a transform domain, so attention never inverts the transform per token:
         with k^ = decode(planes), `scores(transform_queries(q), planes) == q @ k^T`, and
@@ -57,14 +73,24 @@ class Codec:
     family: ClassVar[str] = ""
     version: ClassVar[int] = 1
     exact: ClassVar[bool] = False  # decode(encode(x)) is x, bit for bit
+    unbiased: ClassVar[bool] = False  # E[decode(encode(x))] is x for a random direction of x
+    fitted: ClassVar[bool] = False  # needs the statistics of `fit`
+    values: ClassVar[bool] = True  # whether values can be stored with it, not only keys
+    group: ClassVar[int] = 1  # tokens that are encoded together
     suffixes: ClassVar[tuple[str, ...]] = ("",)  # the suffixes that name a codec of the family, for messages
 
     seed: int = 0
+    rotation: str = HADAMARD  # of codecs that rotate (rotation.py)
+
+    @classmethod
+    def accepts(cls, suffix: str) -> bool:
+        """Whether `family + suffix` names a codec."""
+        return suffix in cls.suffixes
 
     @classmethod
     def from_suffix(cls, suffix: str, seed: int) -> Codec:
         """The codec named `family + suffix`; raises `CodecError` naming the valid ones."""
-        if suffix not in cls.suffixes:
+        if not cls.accepts(suffix):
             raise CodecError(
                 f"codec {cls.family}{suffix} does not exist; choose one of "
                 + ", ".join(cls.family + s for s in cls.suffixes)
@@ -80,19 +106,28 @@ class Codec:
         """The name that `get_codec` finds it by."""
         return self.family
 
+    @property
+    def partner(self) -> str:
+        """The codec of values in a scheme that names only this one."""
+        return self.name
+
     def to_json(self) -> str:
-        """The config as JSON: name, seed and byte version."""
-        return json.dumps({"name": self.name, "seed": self.seed, "version": self.version})
+        """The config as JSON: name, seed, rotation if it is not the default, and byte version."""
+        config = {"name": self.name, "seed": self.seed, "version": self._byte_version()}
+        return json.dumps(config if self.rotation == HADAMARD else {**config, "rotation": self.rotation})
+
+    def _byte_version(self) -> int | list[int]:
+        return self.version
 
     @staticmethod
     def from_json(text: str) -> Codec:
         """Inverse of `to_json`; raises `CodecError` when the installed codec writes other bytes."""
         config = json.loads(text)
-        codec = get_codec(config["name"], config["seed"])
-        if codec.version != config["version"]:
+        codec = get_codec(config["name"], config["seed"], config.get("rotation", HADAMARD))
+        if codec._byte_version() != config["version"]:
             raise CodecError(
                 f"codec {codec.name} must have byte version {config['version']} to read this data, "
-                f"got {codec.version}; install the matching release"
+                f"got {codec._byte_version()}; install the matching release"
             )
         return codec
 
@@ -104,18 +139,100 @@ class Codec:
         """All-in rate: every byte stored per token (codes, scales, norms, padding) over `dim`."""
         return 8.0 * sum(plane.nbytes for plane in self.planes(dim, dtype)) / dim
 
+    def expected_mse(self, dim: int) -> tuple[float, float] | None:
+        """The band of the mean squared error of random unit vectors by the codec's theory; `None` without one."""
+        return None
+
+    def statistics_nbytes(self, dim: int) -> int:
+        """Bytes of the statistics of one row and KV head."""
+        return 0
+
     def fit(self, x: mx.array) -> dict[str, mx.array]:
         """Statistics `(B, Hkv, ...)` from the first tokens `(B, Hkv, L, D)`."""
         return {}
 
-    def encode(self, x: mx.array, statistics: Statistics = NO_STATISTICS) -> dict[str, mx.array]:
+    def encode(self, x: Any, statistics: Statistics = NO_STATISTICS) -> dict[str, Any]:
+        """Planes of tokens: of an MLX array `(B, Hkv, L, D)`, or of a plain one.
+
+        Args:
+            x: floats `(B, Hkv, L, D)`, L >= 0; plain arrays, of MLX or NumPy, may also be `(L, D)` or `(Hkv, L, D)`.
+            statistics: of `fit`; a codec with `fitted` needs them.
+
+        Returns:
+            Planes with the axes of `x`, NumPy ones for a NumPy array (bfloat16 planes as the uint16 of their bits).
+
+        Raises:
+            CodecError: for other shapes and sizes, and for a fitted codec without statistics.
+        """
+        self._check_statistics(statistics)
+        if isinstance(x, mx.array) and x.ndim == 4:
+            return self._encode(x, statistics)
+        plain = x if isinstance(x, mx.array) else from_numpy(np.asarray(x))
+        planes = self._encode(with_lead_axes(plain), statistics)
+        axes = lead_axes(plain.ndim)
+        planes = {name: plane.reshape(*plane.shape[axes:]) for name, plane in planes.items()}
+        return planes if isinstance(x, mx.array) else {name: to_numpy(plane) for name, plane in planes.items()}
+
+    def decode(
+        self,
+        planes: Mapping[str, Any],
+        dim: int | None = None,
+        dtype: mx.Dtype = mx.float32,
+        statistics: Statistics = NO_STATISTICS,
+    ) -> Any:
+        """Reconstruction of the tokens in `dtype`, with the axes of the planes; allocates L * D elements per head.
+
+        Args:
+            planes: as from `encode`, NumPy ones too (the result is then NumPy).
+            dim: D; may be left out where the widths of the planes tell it.
+            statistics: what the planes were encoded with.
+
+        Raises:
+            CodecError: for a fitted codec without statistics, and where `dim` is needed but not given.
+        """
+        self._check_statistics(statistics)
+        some = next(iter(planes.values()))
+        if dim is None:
+            dim = self._dim_of({name: plane.shape[-1] for name, plane in planes.items()})
+        if isinstance(some, mx.array) and some.ndim == 4:
+            return self._decode(planes, dim, dtype, statistics)
+        if isinstance(some, mx.array):
+            arrays = dict(planes)
+        else:
+            dtypes = {plane.name: plane.dtype for plane in self.planes(dim, "float32")}
+            arrays = {name: from_numpy(plane, dtypes[name]) for name, plane in planes.items()}
+        axes = lead_axes(some.ndim)
+        x = self._decode({name: with_lead_axes(plane) for name, plane in arrays.items()}, dim, dtype, statistics)
+        x = x.reshape(*x.shape[axes:])
+        return x if isinstance(some, mx.array) else to_numpy(x)
+
+    def _check_statistics(self, statistics: Statistics) -> None:
+        if self.fitted and not statistics:
+            raise CodecError(f"codec {self.name} must be given statistics, got none; call fit(x) on the first tokens")
+
+    def _dim_of(self, widths: Mapping[str, int]) -> int:
+        """The head size whose planes have these widths."""
+        found = []
+        for dim in range(1, 2049):
+            try:
+                planes = self.planes(dim, "float32")
+            except CodecError:
+                continue
+            if {plane.name: plane.width for plane in planes} == dict(widths):
+                found.append(dim)
+        if len(found) != 1:
+            raise CodecError(
+                f"the widths of {self.name} planes must tell one head size, got {dict(widths)} of {found or 'none'}; "
+                "pass dim="
+            )
+        return found[0]
+
+    def _encode(self, x: mx.array, statistics: Statistics) -> dict[str, mx.array]:
         """Planes of `x` `(B, Hkv, L, D)`, L >= 0."""
         raise NotImplementedError
 
-    def decode(
-        self, planes: Planes, dim: int, dtype: mx.Dtype = mx.float32, statistics: Statistics = NO_STATISTICS
-    ) -> mx.array:
-        """Reconstruction `(B, Hkv, L, D)` in `dtype`; allocates L * D elements per head."""
+    def _decode(self, planes: Planes, dim: int, dtype: mx.Dtype, statistics: Statistics) -> mx.array:
+        """Reconstruction `(B, Hkv, L, D)` in `dtype`."""
         raise NotImplementedError
 
     def transform_queries(self, queries: mx.array, statistics: Statistics = NO_STATISTICS) -> mx.array:
@@ -124,14 +241,14 @@ class Codec:
 
     def scores(self, queries: mx.array, planes: Planes, statistics: Statistics = NO_STATISTICS) -> mx.array:
         """Inner products `(B, Hkv, R, S)` of transformed queries with S stored keys, in their dtype or float32."""
-        keys = self.decode(planes, queries.shape[-1], queries.dtype, statistics)
+        keys = self._decode(planes, queries.shape[-1], queries.dtype, statistics)
         return queries @ keys.swapaxes(-1, -2)
 
     def weighted_sum(
         self, weights: mx.array, planes: Planes, dim: int, statistics: Statistics = NO_STATISTICS
     ) -> mx.array:
         """Sum `(B, Hkv, R, D)` of S stored values with weights `(B, Hkv, R, S)`, in the transform domain."""
-        return weights @ self.decode(planes, dim, weights.dtype, statistics)
+        return weights @ self._decode(planes, dim, weights.dtype, statistics)
 
     def untransform_output(self, output: mx.array, statistics: Statistics = NO_STATISTICS) -> mx.array:
         """`weighted_sum` results moved back from the transform domain."""
@@ -144,17 +261,33 @@ def list_codecs() -> list[str]:
 
 
 @cache
-def get_codec(name: str, seed: int = 0) -> Codec:
-    """The codec called `name`, e.g. `tq4`, `rvq1`, `affine8`, `identity`; raises `CodecError` for unknown names."""
+def get_codec(name: str, seed: int = 0, rotation: str = HADAMARD) -> Codec:
+    """The codec called `name`: `tq4`, `rvq1`, `affine8`, ...; `tq3+tq2` has one codec for each KV head.
+
+    Args:
+        name: a family and a suffix, or several such names with `+` between them.
+        seed: of the rotations' signs.
+        rotation: one of `rotation.ROTATIONS`; of no consequence for codecs that do not rotate.
+
+    Raises:
+        CodecError: for unknown names.
+    """
+    if rotation not in ROTATIONS:
+        raise CodecError(f"a rotation must be one of {', '.join(ROTATIONS)}, got {rotation!r}; choose one of these")
+    if "+" in name:
+        from .per_head import PerHead
+
+        return PerHead(seed, rotation, tuple(name.split("+")))
     families = sorted((f for f in list_codecs() if name.startswith(f)), key=len, reverse=True)
     if not families:
         raise CodecError(f"a codec name must start with one of {', '.join(list_codecs())}, got {name!r}")
     kinds = {prefix: _load_family(prefix) for prefix in families}
-    owners = [prefix for prefix, kind in kinds.items() if name[len(prefix) :] in kind.suffixes]
+    owners = [prefix for prefix, kind in kinds.items() if kind.accepts(name[len(prefix) :])]
     if len(owners) > 1:
         raise CodecError(f"codec {name} must have one owner, got the families {' and '.join(owners)}; uninstall one")
     prefix = (owners or families)[0]
-    return kinds[prefix].from_suffix(name[len(prefix) :], seed)
+    codec = kinds[prefix].from_suffix(name[len(prefix) :], seed)
+    return codec if rotation == HADAMARD else replace(codec, rotation=rotation)
 
 
 def _load_family(prefix: str) -> type[Codec]:

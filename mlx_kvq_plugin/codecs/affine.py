@@ -1,8 +1,8 @@
 """`affine{2,3,4,5,6,8}`: MLX's own group quantization (`mx.quantize`), scale and bias per group, per token.
 
-Groups of 64 channels, or 32 where the head size is not a multiple of 64. Head sizes that are no multiple of 32
-(80, 112) are padded with zeros to the next one; the padding is stored and counted. Scales and biases have the
-input's dtype, as in mlx-lm's `QuantizedKVCache`.
+Groups of 64 channels, or 32 where the head size is not a multiple of 64; always 32 with `g32` (`affine2g32`). Head
+sizes that are no multiple of 32 (80, 112) are padded with zeros to the next one; the padding is stored and counted.
+Scales and biases have the input's dtype, as in mlx-lm's `QuantizedKVCache`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import ClassVar
 import mlx.core as mx
 
 from . import NO_STATISTICS, Codec, Plane, Planes, Statistics
+from .scalar import simulated_steps_mse
 
 
 def _padded(dim: int) -> int:
@@ -37,26 +38,38 @@ class Affine(Codec):
     suffixes: ClassVar[tuple[str, ...]] = ("2", "3", "4", "5", "6", "8")
 
     bits: int = 4
+    small_groups: bool = False
+
+    @classmethod
+    def accepts(cls, suffix: str) -> bool:
+        return suffix.removesuffix("g32") in cls.suffixes
 
     @classmethod
     def _build(cls, suffix: str, seed: int) -> Codec:
-        return cls(seed=seed, bits=int(suffix))
+        return cls(seed=seed, bits=int(suffix.removesuffix("g32")), small_groups=suffix.endswith("g32"))
 
     @property
     def name(self) -> str:
-        return f"affine{self.bits}"
+        return f"affine{self.bits}" + ("g32" if self.small_groups else "")
 
-    @staticmethod
-    def group_size(dim: int) -> int:
+    def group_size(self, dim: int) -> int:
         """Channels that share a scale and a bias at head size `dim`."""
-        return 64 if _padded(dim) % 64 == 0 else 32
+        return 64 if _padded(dim) % 64 == 0 and not self.small_groups else 32
 
     def planes(self, dim: int, dtype: str) -> tuple[Plane, ...]:
         groups = _padded(dim) // self.group_size(dim)
         words = _padded(dim) * self.bits // 32
         return Plane("codes", "uint32", words), Plane("scales", dtype, groups), Plane("biases", dtype, groups)
 
-    def encode(self, x: mx.array, statistics: Statistics = NO_STATISTICS) -> dict[str, mx.array]:
+    def expected_mse(self, dim: int) -> tuple[float, float] | None:
+        """Equal steps between the extremes; MLX moves them so that zero is one, worth a quarter at 2 bits.
+
+        A head size that is padded has a group with zeros, whose extremes are nearer.
+        """
+        mse = simulated_steps_mse(self.bits, self.group_size(dim))
+        return (0.73 if self.bits == 2 or dim % 32 else 0.94) * mse, 1.12 * mse
+
+    def _encode(self, x: mx.array, statistics: Statistics) -> dict[str, mx.array]:
         if x.shape[2] == 0:  # mx.quantize refuses empty arrays
             return {
                 plane.name: mx.zeros((*x.shape[:3], plane.width), dtype=getattr(mx, plane.dtype))
@@ -65,9 +78,7 @@ class Affine(Codec):
         codes, scales, biases = mx.quantize(_pad(x), group_size=self.group_size(x.shape[-1]), bits=self.bits)
         return {"codes": codes, "scales": scales, "biases": biases}
 
-    def decode(
-        self, planes: Planes, dim: int, dtype: mx.Dtype = mx.float32, statistics: Statistics = NO_STATISTICS
-    ) -> mx.array:
+    def _decode(self, planes: Planes, dim: int, dtype: mx.Dtype, statistics: Statistics) -> mx.array:
         if planes["codes"].shape[2] == 0:
             return mx.zeros((*planes["codes"].shape[:3], dim), dtype=dtype)
         x = mx.dequantize(

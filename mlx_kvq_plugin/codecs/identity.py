@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from . import NO_STATISTICS, Codec, Plane, Planes, Statistics
+from . import Codec, Plane, Planes, Statistics
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,8 @@ class Identity(Codec):
     def planes(self, dim: int, dtype: str) -> tuple[Plane, ...]:
         return (Plane("dense", dtype, dim),)
 
-    def encode(self, x: mx.array, statistics: Statistics = NO_STATISTICS) -> dict[str, mx.array]:
+    def _encode(self, x: mx.array, statistics: Statistics) -> dict[str, mx.array]:
         return {"dense": x}
 
-    def decode(
-        self, planes: Planes, dim: int, dtype: mx.Dtype = mx.float32, statistics: Statistics = NO_STATISTICS
-    ) -> mx.array:
+    def _decode(self, planes: Planes, dim: int, dtype: mx.Dtype, statistics: Statistics) -> mx.array:
         return planes["dense"].astype(dtype)

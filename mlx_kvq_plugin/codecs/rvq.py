@@ -18,7 +18,7 @@ import mlx.core as mx
 from ..codebooks import embedded_stage
 from ..packing import pack, packed_width, unpack
 from ..rotation import check_dim, rotate, unrotate
-from . import NO_STATISTICS, Codec, Plane, Planes, Statistics
+from . import Codec, Plane, Planes, Statistics
 from .scalar import SCALE_DTYPE, quantize
 from .turboquant import TurboQuant
 
@@ -51,12 +51,12 @@ class RVQ(TurboQuant):
         return [planes["stage1"], planes["stage2"]]
 
     def planes(self, dim: int, dtype: str) -> tuple[Plane, ...]:
-        check_dim(dim)
+        check_dim(dim, self.rotation)
         width = packed_width(dim, self.bits)
         return Plane("stage1", "uint8", width), Plane("stage2", "uint8", width), Plane("scale", SCALE_DTYPE, 1)
 
-    def encode(self, x: mx.array, statistics: Statistics = NO_STATISTICS) -> dict[str, mx.array]:
-        codes, scale = quantize(rotate(x.astype(mx.float32), self.seed), sum(self.stages))
+    def _encode(self, x: mx.array, statistics: Statistics) -> dict[str, mx.array]:
+        codes, scale = quantize(rotate(x.astype(mx.float32), self.seed, self.rotation), sum(self.stages))
         return {
             "stage1": pack(codes >> self.bits, self.bits),
             "stage2": pack(codes & (2**self.bits - 1), self.bits),
@@ -70,4 +70,4 @@ class RVQ(TurboQuant):
     def decode_first_stage(self, planes: Planes, dim: int) -> mx.array:
         """Reconstruction `(B, Hkv, L, D)` float32 from stage 1 alone: half the bytes, b-bit distortion."""
         levels = mx.take(_stage_levels(self.bits), unpack(planes["stage1"], dim, self.bits).astype(mx.int32))
-        return unrotate(levels * planes["scale"].astype(mx.float32), self.seed)
+        return unrotate(levels * planes["scale"].astype(mx.float32), self.seed, self.rotation)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from ..codebooks import odd_codebook
 from ..packing import slot_codes, slot_sources, slot_width
@@ -67,6 +69,11 @@ def quantize(y: mx.array, bits: int) -> tuple[mx.array, mx.array]:
     codes, levels = _quantizer(bits)(z)
     scale = mx.sum(y * levels, axis=-1, keepdims=True) / mx.sum(levels * levels, axis=-1, keepdims=True)
     return codes, scale.astype(getattr(mx, SCALE_DTYPE))
+
+
+def nearest_codes(z: mx.array, bits: int) -> mx.array:
+    """Sorted codes `(..., D)` uint8 of the levels nearest to `z` float32."""
+    return _quantizer(bits)(z)[0]
 
 
 def dequantize(codes: mx.array, scale: mx.array, bits: int, dtype: mx.Dtype) -> mx.array:
@@ -151,3 +158,35 @@ def slot_sum(weights: mx.array, levels: list[mx.array]) -> mx.array:
             slots = mx.moveaxis(weights[None] @ group, 0, -2)
             parts.append(slots.reshape(*slots.shape[:-2], -1))
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+
+
+def unpacked_levels(codes: mx.array, bits: int) -> mx.array:
+    """Codebook levels `(..., D)` float32 of unpacked sorted codes."""
+    return _levels(codes, bits, mx.float32)
+
+
+def gaussian_band(mse: float) -> tuple[float, float]:
+    """The band of the error of unit vectors for a Gaussian codebook of that error.
+
+    Coordinates of a unit vector have lighter tails than Gaussian ones and each vector has the best scale, worth 7% at
+    64 channels; rounding the scale and the sampling cost up to 3%.
+    """
+    return 0.93 * mse, 1.03 * mse
+
+
+def simulated_mse(decoded: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]], size: int) -> float:
+    """Mean squared error of `decoded`, a quantizer of rows `(n, size)` written in NumPy, on N(0, 1) numbers."""
+    x = np.random.RandomState(0).standard_normal((max(200, 400_000 // size), size))
+    return float(np.mean((decoded(x) - x) ** 2))
+
+
+@cache
+def simulated_steps_mse(bits: int, size: int) -> float:
+    """Mean squared error of rounding rows of `size` N(0, 1) numbers to `2**bits` equal steps between their extremes."""
+
+    def decoded(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        low, high = x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True)
+        step = (high - low) / (2**bits - 1)
+        return np.asarray(low + np.round((x - low) / step) * step)
+
+    return simulated_mse(decoded, size)

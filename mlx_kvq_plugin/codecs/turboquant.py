@@ -1,4 +1,4 @@
-"""`tq{1..6}`: TurboQuant-mse (arXiv 2504.19874, section 3.1), packed.
+"""`tq{1..6}`: TurboQuant-mse (arXiv 2504.19874, section 3.1), packed. With outlier channels: outliers.py.
 
 Differences from the paper: the rotation is a seeded randomized Hadamard transform, not a dense orthogonal matrix;
 the codebook is Lloyd-Max for N(0, 1) (its odd-polynomial form, codebooks.py), not for the exact sphere marginal; and
@@ -7,15 +7,24 @@ the stored number per token is not the norm but the least-squares scale of the r
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
 import mlx.core as mx
 
+from ..codebooks import odd_codebook
 from ..packing import pack, packed_width, unpack
 from ..rotation import check_dim, rotate, unrotate
 from . import NO_STATISTICS, Codec, Plane, Planes, Statistics
-from .scalar import SCALE_DTYPE, dequantize, quantize, slot_levels, slot_scores, slot_sum
+from .scalar import SCALE_DTYPE, dequantize, gaussian_band, quantize, slot_levels, slot_scores, slot_sum
+
+_SPLIT = re.compile(r"[1-5]\.5|[1-6]o[1-9]\d*(x[1-6])?")
+
+
+def is_split(suffix: str) -> bool:
+    """Whether a suffix of `tq` asks for outlier channels: `2.5`, `2o16`, `2o16x4`."""
+    return _SPLIT.fullmatch(suffix) is not None
 
 
 @dataclass(frozen=True)
@@ -23,12 +32,20 @@ class TurboQuant(Codec):
     """`bits` bits a channel plus one 16-bit scale a token."""
 
     family: ClassVar[str] = "tq"
-    suffixes: ClassVar[tuple[str, ...]] = ("1", "2", "3", "4", "5", "6")
+    suffixes: ClassVar[tuple[str, ...]] = ("1", "2", "3", "4", "5", "6", "2.5", "3.5")
 
     bits: int = 4
 
     @classmethod
+    def accepts(cls, suffix: str) -> bool:
+        return super().accepts(suffix) or (cls is TurboQuant and is_split(suffix))
+
+    @classmethod
     def _build(cls, suffix: str, seed: int) -> Codec:
+        if is_split(suffix):
+            from .outliers import OutlierTurboQuant
+
+            return OutlierTurboQuant.from_split(suffix, seed)
         return cls(seed=seed, bits=int(suffix))
 
     @property
@@ -40,29 +57,30 @@ class TurboQuant(Codec):
         """Bits of each code plane, highest bits first."""
         return (self.bits,)
 
+    def expected_mse(self, dim: int) -> tuple[float, float] | None:
+        return gaussian_band(odd_codebook(sum(self.stages)).mse)
+
     def _packed(self, planes: Planes) -> list[mx.array]:
         return [planes["codes"]]
 
     def planes(self, dim: int, dtype: str) -> tuple[Plane, ...]:
-        check_dim(dim)
+        check_dim(dim, self.rotation)
         return Plane("codes", "uint8", packed_width(dim, self.bits)), Plane("scale", SCALE_DTYPE, 1)
 
-    def encode(self, x: mx.array, statistics: Statistics = NO_STATISTICS) -> dict[str, mx.array]:
-        codes, scale = quantize(rotate(x.astype(mx.float32), self.seed), sum(self.stages))
+    def _encode(self, x: mx.array, statistics: Statistics) -> dict[str, mx.array]:
+        codes, scale = quantize(rotate(x.astype(mx.float32), self.seed, self.rotation), sum(self.stages))
         return {"codes": pack(codes, self.bits), "scale": scale}
 
     def codes(self, planes: Planes, dim: int) -> mx.array:
         """Unpacked sorted codes `(B, Hkv, S, D)` uint8."""
         return unpack(planes["codes"], dim, self.bits)
 
-    def decode(
-        self, planes: Planes, dim: int, dtype: mx.Dtype = mx.float32, statistics: Statistics = NO_STATISTICS
-    ) -> mx.array:
+    def _decode(self, planes: Planes, dim: int, dtype: mx.Dtype, statistics: Statistics) -> mx.array:
         y = dequantize(self.codes(planes, dim), planes["scale"], sum(self.stages), mx.float32)
-        return unrotate(y, self.seed).astype(dtype)
+        return unrotate(y, self.seed, self.rotation).astype(dtype)
 
     def transform_queries(self, queries: mx.array, statistics: Statistics = NO_STATISTICS) -> mx.array:
-        return rotate(queries, self.seed)
+        return rotate(queries, self.seed, self.rotation)
 
     def scores(self, queries: mx.array, planes: Planes, statistics: Statistics = NO_STATISTICS) -> mx.array:
         levels = slot_levels(self._packed(planes), queries.shape[-1], self.stages, queries.dtype)
@@ -77,4 +95,4 @@ class TurboQuant(Codec):
         return slot_sum((weights.astype(mx.float32) * scale).astype(weights.dtype), levels)
 
     def untransform_output(self, output: mx.array, statistics: Statistics = NO_STATISTICS) -> mx.array:
-        return unrotate(output, self.seed)
+        return unrotate(output, self.seed, self.rotation)

@@ -1,0 +1,416 @@
+"""Calibration: how much each KV head's keys and values matter to a model, measured once and kept in a file.
+
+Sensitivities are per (layer, KV head, K or V), in two kinds. `gradient`: the expected squared change of the loss by an
+error as large as the token, `E |g_n|^2 |x_n|^2 / D`, with g the gradient of the loss with respect to the cached tokens
+as the codec sees them (keys in the rotary frame, so divided by the pair scales) and x those tokens. `activation`:
+`E |x|^2` of the tokens as they are cached, what needs no gradient. After RateQuant (arXiv 2605.06675, section 4), with
+one difference: the next tokens in the loss are drawn from the model's own distribution, not read from the text, so
+that the squared gradient estimates the Fisher information, which is the curvature of the KL divergence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import mlx.core as mx
+import numpy as np
+import safetensors
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors.numpy import save_file
+
+from .allocation import (
+    ACTIVATION,
+    GRADIENT,
+    KEY,
+    SIDES,
+    VALUE,
+    Allocation,
+    Budget,
+    Component,
+    DistortionCurve,
+    whole_bits,
+)
+from .allocation import allocate as allocate_components
+from .codecs import get_codec, list_codecs
+from .config import KVQConfig
+from .corpus import CORPUS, corpus_text
+from .errors import CalibrationError, CodecError, KVQError
+from .frame import SKIP_TOKENS, KeyFrame
+from .prompt_cache import model_fingerprint
+from .standalone import fit_distortion_curve
+
+FILE_NAME = "kvq_calibration.safetensors"
+VERSION = 1
+LEAST_TOKENS = 128  # of a sequence: the key frame takes 68
+_METADATA = "kvq_calibration"
+_SCHEME = "tq4"  # its prefill chunk gives the key frames
+_CURVE_TOKENS = 48  # of every layer and head in one sequence of each text, for distortions
+
+Weights = Mapping[str, Mapping[int, tuple[float, ...]]]  # by side and layer, one a KV head
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` measured.
+
+    Attributes:
+        fingerprint: of the model's weights in any float dtype.
+        model: its name, for messages.
+        sensitivities: by kind, side and cache entry: one weight a KV head.
+        elements: by side and cache entry: the head size.
+        curves: distortions by codec family and side.
+        sequences, length: how many sequences of how many tokens were used.
+        corpus: digest of the texts.
+    """
+
+    fingerprint: str
+    model: str
+    sensitivities: Mapping[str, Weights]
+    elements: Mapping[str, Mapping[int, int]]
+    curves: Mapping[tuple[str, str], DistortionCurve]
+    sequences: int
+    length: int
+    corpus: str
+
+    def components(self, kind: str, layers: Sequence[int] | None = None) -> list[Component]:
+        """Components with the weights of one kind, of all layers or of some; raises `CalibrationError`."""
+        weights = self.sensitivities[kind]
+        chosen = sorted(weights[KEY]) if layers is None else layers
+        missing = [layer for layer in chosen if layer not in weights[KEY]]
+        if missing:
+            raise CalibrationError(
+                f"the calibration of {self.model} must have every compressed layer, got none for {missing}; "
+                "calibrate again"
+            )
+        return [
+            Component(layer, head, side, weight, self.elements[side][layer])
+            for layer in chosen
+            for side in SIDES
+            for head, weight in enumerate(weights[side][layer])
+        ]
+
+    def allocate(self, config: KVQConfig, layers: Sequence[int] | None = None) -> Allocation:
+        """Codecs for a scheme with average bits."""
+        budgets: dict[str, Budget] = {
+            side: budget for side, budget in zip(SIDES, config.budgets, strict=True) if budget is not None
+        }
+        return allocate_components(self.components(config.sensitivity, layers), budgets, self.curves)
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------
+
+
+def calibration_sequences(tokenizer: Any, texts: Sequence[str], sequences: int, length: int) -> list[list[int]]:
+    """Token sequences spread evenly over the texts and over each text; raises `CalibrationError` for short ones."""
+    if length < LEAST_TOKENS or sequences < 1:
+        raise CalibrationError(
+            f"a calibration must have sequences of at least {LEAST_TOKENS} tokens, got {sequences} of {length}; "
+            "choose more"
+        )
+    found = []
+    for i, text in enumerate(texts):
+        ids = list(tokenizer.encode(text))
+        count = len(range(i, sequences, len(texts)))
+        if count and len(ids) < length:
+            raise CalibrationError(
+                f"a calibration text must have at least {length} tokens, got {len(ids)} in text {i + 1}; "
+                "give longer texts or a smaller --length"
+            )
+        for start in np.linspace(0, max(0, len(ids) - length), count).astype(int):
+            found.append(ids[start : start + length])
+    return found
+
+
+def calibrate(
+    model: Any,
+    tokenizer: Any,
+    *,
+    texts: Sequence[str] = (),
+    sequences: int = 9,
+    length: int = 256,
+    seed: int = 0,
+    source: str = "",
+    done: Callable[[int, int], None] = lambda step, steps: None,
+) -> Calibration:
+    """Measure sensitivities and distortion curves of a model.
+
+    Args:
+        model, tokenizer: as mlx-lm loads them, not compressed.
+        texts: to calibrate on; the package's corpus of prose, code and chat without any.
+        sequences, length: how many sequences of how many tokens; each takes a forward and a backward pass.
+        seed: of the tokens drawn from the model.
+        source: the model's name, for messages.
+        done: called with the sequences done and their number.
+
+    Raises:
+        CalibrationError: for texts that are too short, or a model through which gradients do not pass.
+        UnsupportedModelError: as `compress`.
+    """
+    from .loading import compress
+
+    texts = list(texts) or [corpus_text(name) for name in CORPUS]
+    ids = calibration_sequences(tokenizer, texts, sequences, length)
+    totals: dict[tuple[str, str, int], Any] = {}
+    samples: dict[tuple[str, int], list[mx.array]] = {}
+    elements: dict[str, dict[int, int]] = {side: {} for side in SIDES}
+    with compress(model, _SCHEME) as compression:
+        plans = [plan for plan in compression.maker.plan() if plan.spec is not None]
+        if not plans:
+            raise CalibrationError("a model must have layers to compress for a calibration, got none; nothing to do")
+        for plan in plans:
+            elements[KEY][plan.index] = plan.geometry.key_dim
+            elements[VALUE][plan.index] = plan.geometry.value_dim
+        for step, sequence in enumerate(ids):
+            tokens = mx.array([sequence])
+            found = _sensitivities(model, compression.maker(), plans, tokens, seed + step)
+            for (side, layer), (gradient, activation, x) in found.items():
+                for kind, weight in ((GRADIENT, gradient), (ACTIVATION, activation)):
+                    totals[kind, side, layer] = totals.get((kind, side, layer), 0) + weight / len(ids)
+                if step < len(texts):
+                    samples.setdefault((side, layer), []).append(x)
+            done(step + 1, len(ids))
+    sensitivities = {
+        kind: {side: {plan.index: tuple(totals[kind, side, plan.index].tolist()) for plan in plans} for side in SIDES}
+        for kind in (GRADIENT, ACTIVATION)
+    }
+    return Calibration(
+        fingerprint=model_fingerprint(model, any_float=True),
+        model=source or type(model).__module__,
+        sensitivities=sensitivities,
+        elements=elements,
+        curves=_curves(samples),
+        sequences=len(ids),
+        length=length,
+        corpus=hashlib.blake2b("\0".join(texts).encode(), digest_size=16).hexdigest(),
+    )
+
+
+def _member(entry: Any, plan: Any) -> Any:
+    return entry if plan.geometry.member is None else entry.caches[plan.geometry.member]
+
+
+def _sensitivities(
+    model: Any, caches: list[Any], plans: Sequence[Any], tokens: mx.array, seed: int
+) -> dict[tuple[str, int], tuple[Any, Any, mx.array]]:
+    """By side and layer: both sensitivities `(Hkv,)` of one sequence, and some tokens as the codec sees them.
+
+    The sequence is one prefill chunk, which attends to dense tokens; packing it afterwards fits the key frames.
+    """
+    length = tokens.shape[1]
+    seen: dict[int, tuple[mx.array, mx.array]] = {}
+
+    def probe(plan: Any, shift: Sequence[mx.array]) -> None:
+        cache = _member(caches[plan.index], plan)
+        fetch = type(cache).update_and_fetch
+
+        def probed(keys: mx.array, values: mx.array) -> Any:
+            seen[plan.index] = (keys, values)
+            return fetch(cache, keys + shift[0].astype(keys.dtype), values + shift[1].astype(values.dtype))
+
+        cache.update_and_fetch = probed
+
+    def loss(shifts: list[list[mx.array]]) -> tuple[mx.array, list[list[mx.array]]]:
+        for plan, shift in zip(plans, shifts, strict=True):
+            probe(plan, shift)
+        logits = model(tokens, cache=caches).astype(mx.float32)
+        drawn = mx.random.categorical(mx.stop_gradient(logits), key=mx.random.key(seed))
+        picked = mx.take_along_axis(logits, drawn[..., None], axis=-1)[..., 0]
+        tensors = []
+        for plan in plans:
+            frame: KeyFrame | None = _member(caches[plan.index], plan).frame
+            tensors.append([*seen[plan.index], *([] if frame is None else [frame.mean, frame.scale])])
+        return mx.sum(mx.logsumexp(logits, axis=-1) - picked), tensors
+
+    shifts = [
+        [mx.zeros((1, plan.geometry.kv_heads, length, dim)) for dim in (plan.geometry.key_dim, plan.geometry.value_dim)]
+        for plan in plans
+    ]
+    try:
+        (_, tensors), gradients = mx.value_and_grad(loss)(shifts)
+        mx.eval(tensors, gradients)
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        raise CalibrationError(
+            f"gradients must pass through the model for a calibration, got {type(error).__name__}: {error}; "
+            "choose a scheme without average bits"
+        ) from error
+    found: dict[tuple[str, int], tuple[Any, Any, mx.array]] = {}
+    for plan, (keys, values, *frame), (key_gradient, value_gradient) in zip(plans, tensors, gradients, strict=True):
+        keys, values = keys.astype(mx.float32), values.astype(mx.float32)
+        x = keys
+        if frame:
+            fitted = KeyFrame(_member(caches[plan.index], plan).rotary, *frame)
+            x, key_gradient = fitted.encode(keys, 0), fitted.scale_queries(key_gradient)
+        found[KEY, plan.index] = _weights(x, key_gradient, keys)
+        found[VALUE, plan.index] = _weights(values, value_gradient, values)
+    mx.eval([part for parts in found.values() for part in parts])
+    return {name: (np.array(a, np.float64), np.array(b, np.float64), x) for name, (a, b, x) in found.items()}
+
+
+def _weights(x: mx.array, gradient: mx.array, cached: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Both sensitivities `(Hkv,)`, without the first tokens, which stay dense, and some of the others."""
+    x, gradient, cached = (array[:, :, SKIP_TOKENS:] for array in (x, gradient, cached))
+    energy = mx.sum(x * x, axis=-1)
+    by_gradient = mx.mean(mx.sum(gradient * gradient, axis=-1) * energy, axis=(0, 2)) / x.shape[-1]
+    by_activation = mx.mean(mx.sum(cached * cached, axis=-1), axis=(0, 2))
+    return by_gradient, by_activation, x[:, :, -_CURVE_TOKENS:]
+
+
+def _curves(samples: Mapping[tuple[str, int], list[mx.array]]) -> dict[tuple[str, str], DistortionCurve]:
+    """Distortion curves of every installed family with two or more whole rates that can do the head sizes."""
+    curves: dict[tuple[str, str], DistortionCurve] = {}
+    for side in SIDES:
+        data = [x for (own, _), parts in sorted(samples.items()) if own == side for x in parts]
+        for family in list_codecs():
+            rates = whole_bits(family)
+            if len(rates) < 2 or (side == VALUE and not get_codec(f"{family}{rates[0]}").values):
+                continue
+            try:
+                curves[family, side] = fit_distortion_curve(family, data)
+            except CodecError:  # a head size that the family cannot do
+                continue
+    return curves
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def save_calibration(path: str | Path, calibration: Calibration) -> None:
+    """Write a calibration file, atomically."""
+    path = Path(path).expanduser()
+    arrays = {
+        f"{kind}.{side}.{layer}": np.array(weights, np.float32)
+        for kind, sides in calibration.sensitivities.items()
+        for side, layers in sides.items()
+        for layer, weights in layers.items()
+    }
+    header = {
+        "version": VERSION,
+        "fingerprint": calibration.fingerprint,
+        "model": calibration.model,
+        "elements": {side: {str(i): d for i, d in layers.items()} for side, layers in calibration.elements.items()},
+        "curves": [
+            {"family": family, "side": side, "bits": curve.bits, "mse": curve.mse}
+            for (family, side), curve in sorted(calibration.curves.items())
+        ],
+        "sequences": calibration.sequences,
+        "length": calibration.length,
+        "corpus": calibration.corpus,
+    }
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    try:
+        save_file(arrays, temporary, metadata={_METADATA: json.dumps(header, sort_keys=True), "format": "mlx"})
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_calibration(path: str | Path) -> Calibration:
+    """Read a calibration file; raises `CalibrationError` for anything else."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise CalibrationError(f"a calibration file must exist, got {str(path)!r}; make one with kvq calibrate")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            header = json.loads((file.metadata() or {})[_METADATA])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        if header["version"] > VERSION:
+            raise CalibrationError(
+                f"a calibration file must have version {VERSION} or less, got {header['version']} in {path.name}; "
+                "install a newer mlx-kvq-plugin"
+            )
+        weights: dict[str, dict[str, dict[int, tuple[float, ...]]]] = {}
+        for name, array in arrays.items():
+            kind, side, layer = name.split(".")
+            weights.setdefault(kind, {}).setdefault(side, {})[int(layer)] = tuple(array.astype(float).tolist())
+        return Calibration(
+            fingerprint=header["fingerprint"],
+            model=header["model"],
+            sensitivities={kind: {side: weights[kind][side] for side in SIDES} for kind in (GRADIENT, ACTIVATION)},
+            elements={side: {int(i): d for i, d in layers.items()} for side, layers in header["elements"].items()},
+            curves={
+                (row["family"], row["side"]): DistortionCurve.fit(row["bits"], row["mse"]) for row in header["curves"]
+            },
+            sequences=header["sequences"],
+            length=header["length"],
+            corpus=header["corpus"],
+        )
+    except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
+        if isinstance(error, KVQError):
+            raise
+        raise CalibrationError(
+            f"a calibration file must be written by kvq calibrate, got {type(error).__name__} in {path.name}: {error}; "
+            "make it again"
+        ) from error
+
+
+def find_calibration(source: str) -> Path | None:
+    """The calibration file next to a model: in its folder, or in its Hugging Face repository; `None` without one."""
+    if not source:
+        return None
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        path = folder / FILE_NAME
+        return path if path.is_file() else None
+    try:
+        return Path(huggingface_hub.hf_hub_download(source, FILE_NAME))
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        return None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise CalibrationError(
+            f"a calibration must be a file next to the model, got {type(error).__name__} for {source!r}; "
+            "name one with calibration=FILE"
+        ) from error
+
+
+def push_calibration(
+    path: str | Path, repository: str, *, token: str | None = None, endpoint: str | None = None
+) -> str:
+    """Upload a calibration to a Hugging Face model repository, where `find_calibration` finds it; returns its address.
+
+    Raises:
+        CalibrationError: when the file is none, or the hub refuses it.
+    """
+    calibration = load_calibration(path)
+    try:
+        info = huggingface_hub.HfApi(endpoint=endpoint, token=token).upload_file(
+            path_or_fileobj=str(Path(path).expanduser()),
+            path_in_repo=FILE_NAME,
+            repo_id=repository,
+            commit_message=f"Calibration of {Path(calibration.model).name} for mlx-kvq-plugin",
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CalibrationError(
+            f"the hub must accept the file, got {type(error).__name__} for {repository!r}: {first}; check the name and "
+            "your token"
+        ) from error
+    return str(info.commit_url)
+
+
+def calibration_for(model: Any, config: KVQConfig, source: str) -> Calibration:
+    """The calibration that a scheme with average bits uses on a model; raises `CalibrationError`."""
+    path = Path(config.calibration) if config.calibration else find_calibration(source)
+    command = f"kvq calibrate {source or 'MODEL'}"
+    if path is None:
+        raise CalibrationError(
+            f"average bits must come with a calibration of the model, got none{' next to ' + source if source else ''}; "
+            f"make one with: {command}"
+        )
+    calibration = load_calibration(path)
+    if calibration.fingerprint != model_fingerprint(model, any_float=True):
+        raise CalibrationError(
+            f"a calibration must be of the model's own weights, got {path.name} of {calibration.model}; make one "
+            f"with: {command}"
+        )
+    return calibration

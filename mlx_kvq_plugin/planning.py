@@ -1,0 +1,124 @@
+"""What schemes do to a model and to its memory, before there are caches: from geometry, without the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .adapters import GENERIC, REFUSED, Adapter, load_adapter, model_type_of
+from .allocation import KEY, SIDES, Allocation, Component, DistortionCurve, allocate
+from .config import KVQConfig
+from .errors import CodecError, UnsupportedModelError
+from .layouts import STEPS, Layout, layer_layout, layouts_nbytes
+from .loading import CacheMaker, LayerPlan, plan_layers
+from .schemes import format_scheme
+
+
+@dataclass(frozen=True)
+class SchemePlan:
+    """What a scheme does to a model, entry by entry; without layers there is an error.
+
+    Attributes:
+        scheme: as a string.
+        layers: what is done to each cache entry.
+        layouts: of each entry's cache; `None` where it has no keys and values.
+        error: why the scheme is not possible.
+    """
+
+    scheme: str
+    layers: tuple[LayerPlan, ...]
+    layouts: tuple[Layout | None, ...] = ()
+    error: str = ""
+
+    @property
+    def uncounted(self) -> int:
+        """Entries with a recurrent state, alone or beside keys and values: its bytes do not grow and are left out."""
+        return sum(
+            layout is None or layer.geometry.member is not None
+            for layer, layout in zip(self.layers, self.layouts, strict=True)
+        )
+
+    def nbytes(self, tokens: int, *, batch: int = 1, steps: int = STEPS) -> int:
+        """Bytes of all layers after `tokens` tokens in each of `batch` sequences; `steps` as for `layouts_nbytes`."""
+        return batch * layouts_nbytes(filter(None, self.layouts), tokens, steps)[0]
+
+    def peak_nbytes(self, tokens: int, *, batch: int = 1, steps: int = STEPS) -> int:
+        """The most bytes of all layers between two calls on the way to `tokens` tokens: never less than `nbytes`."""
+        return batch * layouts_nbytes(filter(None, self.layouts), tokens, steps)[1]
+
+
+def plan_caches(maker: CacheMaker, itemsize: int = 2) -> SchemePlan:
+    """The plan of a cache maker's model and scheme; the model's weights are not needed.
+
+    Args:
+        maker: of a compressed model (`Compression.maker`), or one made for a model that stays as it is.
+        itemsize: bytes of an element of the model's keys and values.
+    """
+    layers, caches = maker.plan(), maker()
+    layouts = [layer_layout(layer.geometry, cache, itemsize) for layer, cache in zip(layers, caches, strict=True)]
+    return SchemePlan(maker.scheme, tuple(layers), tuple(layouts))
+
+
+def plan_scheme(model: Any, config: KVQConfig, adapter: Adapter, itemsize: int = 2) -> SchemePlan:
+    """The plan of a scheme on a model, which is not changed; a head size that a codec cannot do is its `error`.
+
+    Average bits are spread evenly: which heads get more is for a calibration to say, how many bits there are is not.
+    """
+    try:
+        allocation = _even_allocation(config, plan_layers(model, config, adapter))
+        return plan_caches(CacheMaker(model, config, adapter, allocation=allocation), itemsize)
+    except CodecError as error:
+        return SchemePlan(format_scheme(config), (), (), str(error))
+
+
+def _even_allocation(config: KVQConfig, layers: Sequence[LayerPlan]) -> Allocation | None:
+    budgets = {side: budget for side, budget in zip(SIDES, config.budgets, strict=True) if budget is not None}
+    if not budgets:
+        return None
+    compressed = [layer for layer in layers if layer.spec is not None]
+    components = [
+        Component(layer.index, head, side, 1.0, layer.geometry.key_dim if side == KEY else layer.geometry.value_dim)
+        for side in SIDES
+        for head in range(max((layer.geometry.kv_heads for layer in compressed), default=0))
+        for layer in compressed  # innermost: equal weights get their bits in this order
+        if head < layer.geometry.kv_heads
+    ]
+    curves = {
+        (budget.family, side): DistortionCurve(budget.choices(), tuple(4.0**-b for b in budget.choices()), 1.0, 4.0)
+        for side, budget in budgets.items()
+    }
+    return allocate(components, budgets, curves) if components else None
+
+
+def adapter_of(model: Any, unknown_arch: str = "error") -> Adapter:
+    """The model's adapter; with `generic` the generic one for unknown types, whose exactness only weights can show.
+
+    Raises:
+        UnsupportedModelError: for an unknown type, and for one that is known not to work.
+    """
+    try:
+        return load_adapter(model_type_of(model))
+    except UnsupportedModelError:
+        if unknown_arch != "generic" or model_type_of(model) in REFUSED:
+            raise
+        return GENERIC
+
+
+def longest_context(nbytes: Callable[[int], int], budget: int, most: int) -> int:
+    """The longest context of at most `most` tokens whose bytes fit `budget`: one token more does not; 0 if none does.
+
+    By doubling and bisection, so `nbytes` should grow with the tokens; packing in blocks makes it a few tokens uneven.
+    """
+    fits, fails = 0, min(most, 1024)
+    while nbytes(fails) <= budget:
+        if fails == most:
+            return most
+        fits, fails = fails, min(most, 2 * fails)
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        if nbytes(middle) <= budget:
+            fits = middle
+        else:
+            fails = middle
+    return fits

@@ -1,0 +1,181 @@
+"""Plots of results, with matplotlib, which is an optional extra and is imported when a plot is drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from .errors import KVQError
+from .results import SchemeResult, pareto_front
+from .ruler import AFFINE
+
+OURS, THEIRS, FRONT = "#1f5fa8", "#c2571a", "#444444"
+LABEL_SIZE = 7.5
+DISTANCES = (5, 11, 18, 27, 38, 52, 70)  # points from a mark to its label; farther ones get a line
+DIRECTIONS = tuple((math.cos(a * math.pi / 8), math.sin(a * math.pi / 8)) for a in (1, 15, 7, 9, 3, 13, 5, 11, 4, 12))
+
+
+def require_matplotlib() -> None:
+    """Raise `KVQError` where matplotlib is missing, before anything is measured for a plot."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise KVQError(
+            "matplotlib must be installed to draw plots, got none; "
+            "run: pip install 'mlx-kvq-plugin[plot]' (or pip install matplotlib)"
+        ) from error
+
+
+def plot_frontier(rows: Sequence[SchemeResult], path: Path, title: str) -> None:
+    """Draw mean KL (logarithmic) against bits per element, every scheme with its name, and the Pareto front.
+
+    Args:
+        rows: schemes without a figure are left out; those whose KL is 0 are named below the plot.
+        path: the file, whose suffix (.png, .svg, .pdf) says the format.
+        title: above the plot.
+
+    Raises:
+        KVQError: without matplotlib, or when no scheme has a KL above 0.
+    """
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    measured = [(row, row.overall.kl_mean) for row in rows if row.overall is not None]
+    drawn = [(row, kl) for row, kl in measured if 0 < kl < math.inf]
+    if not drawn:
+        raise KVQError("a plot must have a scheme whose mean KL is above 0 and finite, got none; measure other schemes")
+    figure = Figure(figsize=(12, 8), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)  # it can measure texts
+    axes = figure.add_subplot()
+    axes.set_yscale("log")
+    front = [row for row in pareto_front(rows) if any(row is other for other, _ in drawn)]
+    heights = {row.scheme: kl for row, kl in drawn}
+    (line,) = axes.plot(
+        [row.bits for row in front],
+        [heights[row.scheme] for row in front],
+        color=FRONT,
+        linewidth=1.0,
+        zorder=1,
+        label="Pareto front: nothing has fewer bits and a lower KL",
+    )
+    for color, marker, theirs, label in ((OURS, "o", False, "kvq"), (THEIRS, "s", True, "mlx-lm's quantized cache")):
+        points = [(row.bits, kl) for row, kl in drawn if row.scheme.startswith(AFFINE) is theirs]
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.scatter(x, y, s=22, color=color, marker=marker, zorder=2, label=label)
+    low, high = min(heights.values()), max(heights.values())
+    axes.set_ylim(low / 2.5, high * 2.5)
+    axes.margins(x=0.08)
+    axes.set_xlabel("bits per element of packed keys and values, everything stored with them counted")
+    axes.set_ylabel("mean KL(mlx-lm's fp16 cache || scheme), nats a token")
+    axes.set_title(title, fontsize=10)
+    axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    axes.grid(True, which="minor", color="#eeeeee", linewidth=0.4)
+    axes.set_axisbelow(True)
+    axes.legend(loc="upper right", fontsize=8)
+    exact = [row.scheme for row, kl in measured if kl == 0]
+    if exact:
+        axes.annotate("KL 0: " + ", ".join(exact), (0.01, 0.01), xycoords="axes fraction", fontsize=LABEL_SIZE)
+    _place_labels(figure, axes, drawn, {row.scheme for row in front}, line.get_xydata())
+    figure.savefig(path)
+
+
+def _place_labels(
+    figure: Any, axes: Any, drawn: Sequence[tuple[SchemeResult, float]], front: set[str], line: Any
+) -> None:
+    """Name every mark where its name covers no mark, no name and not the line; those of the front choose first."""
+    figure.canvas.draw()  # fixes the layout, so that sizes in pixels are known
+    figure.set_layout_engine("none")
+    renderer = figure.canvas.get_renderer()
+    scale = figure.dpi / 72
+    marks = [axes.transData.transform((row.bits, kl)) for row, kl in drawn]
+    taken = [(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale) for x, y in marks]
+    taken.append(axes.get_legend().get_window_extent(renderer).extents)
+    for (x, y), (next_x, next_y) in pairwise(axes.transData.transform(line)):
+        count = 1 + int(math.dist((x, y), (next_x, next_y)) / (4 * scale))
+        places = [(x + (next_x - x) * i / count, y + (next_y - y) * i / count) for i in range(count)]
+        taken += [(px - scale, py - scale, px + scale, py + scale) for px, py in places]
+    inside = axes.get_window_extent(renderer).extents
+    order = sorted(range(len(drawn)), key=lambda i: (drawn[i][0].scheme not in front, drawn[i][0].bits))
+    for i in order:
+        row, kl = drawn[i]
+        label = axes.annotate(
+            row.scheme,
+            (row.bits, kl),
+            xytext=(0, 0),
+            textcoords="offset points",
+            fontsize=LABEL_SIZE,
+            fontweight="bold" if row.scheme in front else "normal",
+            color=THEIRS if row.scheme.startswith(AFFINE) else OURS,
+        )
+        size = label.get_window_extent(renderer)
+        box = _free_box(marks[i], size.width, size.height, scale, taken, inside)
+        taken.append(box)
+        offset = ((box[0] - marks[i][0]) / scale, (box[1] - marks[i][1]) / scale)
+        label.set_position(offset)
+        end = (min(max(marks[i][0], box[0]), box[2]), min(max(marks[i][1], box[1]), box[3]))
+        if math.dist(end, marks[i]) > DISTANCES[1] * scale:
+            leader = axes.transData.inverted().transform([marks[i], end])
+            axes.plot(leader[:, 0], leader[:, 1], color="#999999", linewidth=0.5, zorder=0.5)
+
+
+Box = tuple[float, float, float, float]
+
+
+def _free_box(
+    mark: Sequence[float], width: float, height: float, scale: float, taken: Sequence[Any], inside: Any
+) -> Box:
+    """The nearest free place for a text of a size around a mark; the last one tried if all are taken."""
+    box: Box = (0.0, 0.0, 0.0, 0.0)
+    for distance in DISTANCES:
+        for dx, dy in DIRECTIONS:
+            x, y = mark[0] + dx * distance * scale, mark[1] + dy * distance * scale
+            left = x if dx > 0.1 else x - width if dx < -0.1 else x - width / 2
+            box = (left, y - height / 2, left + width, y + height / 2)
+            within = box[0] >= inside[0] and box[1] >= inside[1] and box[2] <= inside[2] and box[3] <= inside[3]
+            if within and not any(_overlap(box, other) for other in taken):
+                return box
+    return box
+
+
+def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def plot_allocation(bits: Mapping[str, Mapping[int, Sequence[int]]], path: Path, title: str) -> None:
+    """Draw bits per layer and KV head, a panel for keys and one for values.
+
+    Args:
+        bits: by side and cache entry, one number a KV head.
+        path: the file, whose suffix (.png, .svg, .pdf) says the format.
+        title: above the plot.
+
+    Raises:
+        KVQError: without matplotlib.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    most = max(b for layers in bits.values() for heads in layers.values() for b in heads)
+    least = min(b for layers in bits.values() for heads in layers.values() for b in heads)
+    figure = Figure(figsize=(12, 1.6 + 1.7 * len(bits)), dpi=130, layout="constrained")
+    panels = figure.subplots(len(bits), 1, squeeze=False)[:, 0]
+    for axes, (side, layers) in zip(panels, bits.items(), strict=True):
+        heads = max(len(row) for row in layers.values())
+        cells = [[row[h] if h < len(row) else math.nan for row in layers.values()] for h in range(heads)]
+        image = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=least, vmax=most)
+        for h, row in enumerate(cells):
+            for i, b in enumerate(row):
+                dark = b < (least + most) / 2
+                axes.text(i, h, f"{b:g}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
+        axes.set_xticks(range(len(layers)), [str(layer) for layer in layers], fontsize=7)
+        axes.set_yticks(range(heads))
+        axes.set_ylabel(f"{side}s: KV head")
+    panels[-1].set_xlabel("cache entry (layer)")
+    figure.suptitle(title, fontsize=10)
+    figure.colorbar(image, ax=panels, label="bits")
+    figure.savefig(path)
