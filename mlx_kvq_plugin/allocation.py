@@ -1,10 +1,10 @@
 """RateQuant: which codec each layer's KV heads get for an average number of bits (arXiv 2605.06675).
 
-Components are (layer, KV head, K or V). A component with weight w and b bits costs w D(b), with D(b) = alpha beta^-b the
-relative distortion of the codec family, measured on real keys and values apart (calibration.py). The sum is least for
-`b_i = mean + (ln w_i - mean ln w) / ln beta` (Theorem 2, `optimal_bits`); with whole bits, for the greedy that always
-gives the next bit where it saves most (`allocate_bits`), which is optimal because D is convex. Difference from the paper:
-the greedy looks distortions up in the measured table instead of the fitted curve, which is off at 1 bit.
+Components are (layer, KV head, K or V). A component with weight w and b bits costs w D(b), with D(b) = alpha beta^-b
+the relative distortion of the codec family, measured on real keys and values apart (calibration.py). The sum is least
+for `b_i = mean + (ln w_i - mean ln w) / ln beta` (Theorem 2, `optimal_bits`); with whole bits, for the greedy that
+always gives the next bit where it saves most (`allocate_bits`), which is optimal because D is convex. Difference from
+the paper: the greedy looks distortions up in the measured table instead of the fitted curve, which is off at 1 bit.
 """
 
 from __future__ import annotations

@@ -403,9 +403,9 @@ def calibration_for(model: Any, config: KVQConfig, source: str) -> Calibration:
     path = Path(config.calibration) if config.calibration else find_calibration(source)
     command = f"kvq calibrate {source or 'MODEL'}"
     if path is None:
+        where = f" next to {source}" if source else ""
         raise CalibrationError(
-            f"average bits must come with a calibration of the model, got none{' next to ' + source if source else ''}; "
-            f"make one with: {command}"
+            f"average bits must come with a calibration of the model, got none{where}; make one with: {command}"
         )
     calibration = load_calibration(path)
     if calibration.fingerprint != model_fingerprint(model, any_float=True):

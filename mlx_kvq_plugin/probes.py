@@ -255,7 +255,7 @@ def recorded_queries(caches: Sequence[Any]) -> Iterator[dict[int, mx.array]]:
             parts.setdefault(index, []).append(queries)
             observe(queries)
 
-        vars(cache)["observe_queries"] = record
+        cache.observe_queries = record  # type: ignore[method-assign]
 
     for index, cache in watched:
         watch(index, cache)
@@ -263,7 +263,7 @@ def recorded_queries(caches: Sequence[Any]) -> Iterator[dict[int, mx.array]]:
         yield found
     finally:
         for _, cache in watched:
-            del vars(cache)["observe_queries"]
+            del cache.observe_queries  # the class has it again
         found.update({index: mx.concatenate(queries, axis=2) for index, queries in parts.items()})
         mx.eval(found)
 

@@ -116,5 +116,5 @@ def estimate_weights(model: Any, config: dict[str, Any]) -> Weights:
 
 def _sizes(model: Any) -> tuple[int, int]:
     """Elements and bytes of all parameters."""
-    arrays: Any = [array for _, array in tree_flatten(model.parameters())]
-    return sum(array.size for array in arrays), sum(array.nbytes for array in arrays)
+    arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    return sum(array.size for array in arrays.values()), sum(array.nbytes for array in arrays.values())

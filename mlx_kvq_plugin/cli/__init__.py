@@ -12,7 +12,7 @@ import sys
 from importlib.metadata import version
 
 from ..errors import KVQError
-from . import calibrate, check, generate, models, plan, prompts, run, schemes, serve, theory
+from . import calibrate, check, evaluate, generate, models, plan, prompts, run, schemes, serve, theory
 from .arguments import Parser, complain
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells count signals: 128 + SIGINT, 128 + SIGPIPE
@@ -28,7 +28,7 @@ def _parser() -> Parser:
     versions = f"kvq {version('mlx-kvq-plugin')} (mlx-lm {version('mlx-lm')}, mlx {version('mlx')})"
     parser.add_argument("--version", action="version", version=versions)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for group in (generate, prompts, schemes, plan, models, run, serve, check, calibrate, theory):
+    for group in (generate, prompts, schemes, plan, models, run, serve, check, evaluate, calibrate, theory):
         group.add_commands(commands)
     return parser
 

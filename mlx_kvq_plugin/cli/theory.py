@@ -35,7 +35,7 @@ x4^-bits        mse over the least possible at so many bits (Shannon), and at so
 D*ip            D E (<y,x^> - <y,x>)^2 for independent unit vectors x and y
 bias, slope-1   of <y,x^> over <y,x>, with standard errors; corr: their correlation
 paper           as stated by {PAPER}: the error of its codes, D*ip of its unbiased ones
-A codec fails outside its band, below 4^-bits, or with a bias above {SIGMAS:g} standard errors if it states to have none."""
+A codec fails outside its band, below 4^-bits, or with a bias above {SIGMAS:g} standard errors where it states none."""
 
 
 def _run_precompute(options: argparse.Namespace) -> int:
