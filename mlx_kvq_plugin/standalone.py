@@ -9,10 +9,10 @@ import mlx.core as mx
 import numpy as np
 
 from .allocation import DistortionCurve, whole_bits
+from .arrays import from_numpy, to_numpy, with_lead_axes
 from .attention import AttendArgs, Mask, attend
 from .cache import KVQCache
 from .codecs import get_codec
-from .codecs.arrays import from_numpy, to_numpy, with_lead_axes
 from .config import KVQConfig
 from .errors import AttentionError, CodecError, SchemeError
 from .rotary import read_rotary

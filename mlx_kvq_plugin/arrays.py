@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import CodecError
+from .errors import CodecError
 
 AXES = 4  # (B, Hkv, L, D)
 
