@@ -191,7 +191,7 @@ def test_one_distribution_on_two_paths_is_no_clash(install: Install, tmp_path: P
         ("def Outside(): pass", "<function Outside"),
         ("Outside = 3", "3"),
         ("class Outside: pass", "<class '"),
-        ("from mlx_kvq_plugin.codecs.identity import Identity; Outside = Identity()", "Identity(seed=0, "),
+        ("from mlx_kvq_plugin.codecs.identity import Identity; Outside = Identity()", "Identity(seed=0, rotation='hadamard')"),
     ],
 )
 def test_what_is_no_codec_class_is_refused(install: Install, source: str, got: str) -> None:

@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import numpy as np
 
+from ..arrays import from_numpy, lead_axes, to_numpy, with_lead_axes
 from ..errors import CodecError
 from ..plugins import load_plugin, plugin_names
 from ..rotation import HADAMARD, ROTATIONS
-from .arrays import from_numpy, lead_axes, to_numpy, with_lead_axes
 
 GROUP = "mlx_kvq_plugin.codecs"
 
@@ -32,6 +32,7 @@ class Plane:
     """One stored array of a codec: rows of `width` elements of `dtype` (an MLX dtype name) per KV head.
 
     Attributes:
+        name: without dots, at which files split names.
         tokens: consecutive tokens that share a row, 1 for most.
         share: of the KV heads that have the plane at all.
     """
