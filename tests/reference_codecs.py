@@ -150,11 +150,12 @@ def decode_slowly(
         heads = []
         for head, own in enumerate(names):
             place = names[:head].count(own)
+            prefix = f"head{names.index(own)}_"
             part, fitted = (
                 {
-                    key.removeprefix(own + "."): array[:, place : place + 1]
+                    key.removeprefix(prefix): array[:, place : place + 1]
                     for key, array in arrays.items()
-                    if key.startswith(own + ".")
+                    if key.startswith(prefix)
                 }
                 for arrays in (planes, statistics)
             )
