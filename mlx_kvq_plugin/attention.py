@@ -65,6 +65,8 @@ def attend(args: AttendArgs) -> mx.array:
     """Attention output `(B, Hq, L, Dv)` in the queries' dtype; then lets the cache pack what overflows."""
     if args.cache.rows:
         return attend_rows(args)
+    if args.cache.probe is not None:
+        return args.cache.probe(args)
     parts = args.cache.step_parts(args.queries.shape[2]) if args.mask is not None else []
     if parts:
         args.cache.observe_queries(args.queries)
@@ -180,8 +182,8 @@ def attend_packed(args: AttendArgs) -> mx.array:
     scores = mx.concatenate([dense, packed], axis=-1)
     if args.softcap is not None:
         scores = mx.tanh(scores / args.softcap) * args.softcap
-    scores = _masked(scores, args.mask, cache, Hq, L)
-    weights = _softmax(scores, args.sinks, Hkv, L).astype(dtype)
+    scores = masked_scores(scores, args.mask, cache, Hq, L)
+    weights = softmax_weights(scores, args.sinks, Hkv, L).astype(dtype)
 
     count = dense.shape[-1]
     output = cache.value_codec.weighted_sum(weights[..., count:], value_planes, Dv, cache.value_statistics)
@@ -195,7 +197,7 @@ def _product_dtype(dtype: mx.Dtype) -> mx.Dtype:
     return mx.float32 if mx.default_device() == mx.cpu or dtype == mx.float32 else mx.float16
 
 
-def _masked(scores: mx.array, mask: Mask, cache: KVQCache, Hq: int, L: int) -> mx.array:
+def masked_scores(scores: mx.array, mask: Mask, cache: KVQCache, Hq: int, L: int) -> mx.array:
     """Apply a mask over tokens in order to scores `(B, Hkv, rep * L, T)` ordered dense first, packed last."""
     total = scores.shape[-1]
     if isinstance(mask, str):
@@ -226,7 +228,7 @@ def _grouped(mask: mx.array, Hkv: int) -> mx.array:
     return mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(mask.shape[0], Hkv, -1, *mask.shape[2:])
 
 
-def _softmax(scores: mx.array, sinks: mx.array | None, Hkv: int, L: int) -> mx.array:
+def softmax_weights(scores: mx.array, sinks: mx.array | None, Hkv: int, L: int) -> mx.array:
     """Softmax over the last axis of `(B, Hkv, rep * L, T)`, with sink logits `(Hq,)` in the denominator."""
     if sinks is None:
         return mx.softmax(scores, axis=-1, precise=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import mlx.core as mx
@@ -27,6 +27,7 @@ from .rotary import Rotary, no_rotation
 from .routing import RouteLease
 
 if TYPE_CHECKING:
+    from .attention import AttendArgs
     from .batch import BatchKVQCache
 
 BLOCK = 8  # tokens between two encodings during decoding, and the least the planes grow by
@@ -58,6 +59,7 @@ class KVQCache(_BaseCache):
     """The compressed cache of one full-attention layer; mlx-lm's single-sequence cache protocol, B >= 1."""
 
     rows: ClassVar[Sequence[KVQCache]] = ()  # only a batch (batch.py) has caches inside
+    probe: Callable[[AttendArgs], mx.array] | None = None  # in place of attention, while sensitivities are measured
 
     def __init__(self, spec: LayerSpec, rotary: Rotary | None = None, route: str = "", shared: bool = False):
         """
@@ -302,6 +304,7 @@ class KVQCache(_BaseCache):
         view = copy.copy(self)
         rest = self._dense - self._newest
         view._dense, view.offset, view.shared, view._step_energy = rest, self.offset - self._newest, False, None
+        view._newest, view._step = 0, False  # what could be packed before these tokens was
         keys, values = (x[..., rest : self._dense, :] for x in (self.dense_keys, self.dense_values))
         return view, keys, values
 

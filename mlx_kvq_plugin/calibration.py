@@ -1,11 +1,7 @@
 """Calibration: how much each KV head's keys and values matter to a model, measured once and kept in a file.
 
-Sensitivities are per (layer, KV head, K or V), in two kinds. `gradient`: the expected squared change of the loss by an
-error as large as the token, `E |g_n|^2 |x_n|^2 / D`, with g the gradient of the loss with respect to the cached tokens
-as the codec sees them (keys in the rotary frame, so divided by the pair scales) and x those tokens. `activation`:
-`E |x|^2` of the tokens as they are cached, what needs no gradient. After RateQuant (arXiv 2605.06675, section 4), with
-one difference: the next tokens in the loss are drawn from the model's own distribution, not read from the text, so
-that the squared gradient estimates the Fisher information, which is the curvature of the KL divergence.
+A calibration holds the sensitivities of sensitivity.py and the distortion of every codec family on the model's own keys
+and values; allocation.py turns both into bits.
 """
 
 from __future__ import annotations
@@ -30,6 +26,7 @@ from .allocation import (
     ACTIVATION,
     GRADIENT,
     KEY,
+    SENSITIVITIES,
     SIDES,
     VALUE,
     Allocation,
@@ -43,7 +40,6 @@ from .codecs import get_codec, list_codecs
 from .config import KVQConfig
 from .corpus import CORPUS, corpus_text
 from .errors import CalibrationError, CodecError, KVQError
-from .frame import SKIP_TOKENS, KeyFrame
 from .prompt_cache import model_fingerprint
 from .standalone import fit_distortion_curve
 
@@ -52,7 +48,6 @@ VERSION = 1
 LEAST_TOKENS = 128  # of a sequence: the key frame takes 68
 _METADATA = "kvq_calibration"
 _SCHEME = "tq4"  # its prefill chunk gives the key frames
-_CURVE_TOKENS = 48  # of every layer and head in one sequence of each text, for distortions
 
 Weights = Mapping[str, Mapping[int, tuple[float, ...]]]  # by side and layer, one a KV head
 
@@ -155,112 +150,42 @@ def calibrate(
         UnsupportedModelError: as `compress`.
     """
     from .loading import compress
+    from .sensitivity import measure_sensitivities
 
     texts = list(texts) or [corpus_text(name) for name in CORPUS]
     ids = calibration_sequences(tokenizer, texts, sequences, length)
-    totals: dict[tuple[str, str, int], Any] = {}
-    samples: dict[tuple[str, int], list[mx.array]] = {}
-    elements: dict[str, dict[int, int]] = {side: {} for side in SIDES}
     with compress(model, _SCHEME) as compression:
         plans = [plan for plan in compression.maker.plan() if plan.spec is not None]
         if not plans:
             raise CalibrationError("a model must have layers to compress for a calibration, got none; nothing to do")
-        for plan in plans:
-            elements[KEY][plan.index] = plan.geometry.key_dim
-            elements[VALUE][plan.index] = plan.geometry.value_dim
+        found = []
         for step, sequence in enumerate(ids):
-            tokens = mx.array([sequence])
-            found = _sensitivities(model, compression.maker(), plans, tokens, seed + step)
-            for (side, layer), (gradient, activation, x) in found.items():
-                for kind, weight in ((GRADIENT, gradient), (ACTIVATION, activation)):
-                    totals[kind, side, layer] = totals.get((kind, side, layer), 0) + weight / len(ids)
-                if step < len(texts):
-                    samples.setdefault((side, layer), []).append(x)
+            found.append(measure_sensitivities(model, compression.maker(), plans, mx.array([sequence]), seed + step))
             done(step + 1, len(ids))
+
+    def mean(kind: str, name: tuple[str, int]) -> tuple[float, ...]:
+        weights = np.mean([getattr(one[name], kind) for one in found], axis=0)
+        return tuple(weights.tolist())
+
     sensitivities = {
-        kind: {side: {plan.index: tuple(totals[kind, side, plan.index].tolist()) for plan in plans} for side in SIDES}
-        for kind in (GRADIENT, ACTIVATION)
+        kind: {side: {plan.index: mean(kind, (side, plan.index)) for plan in plans} for side in SIDES}
+        for kind in SENSITIVITIES
     }
+    dims = {
+        KEY: {plan.index: plan.geometry.key_dim for plan in plans},
+        VALUE: {plan.index: plan.geometry.value_dim for plan in plans},
+    }
+    samples = {name: [one[name].sample for one in found[: len(texts)]] for name in found[0]}
     return Calibration(
         fingerprint=model_fingerprint(model, any_float=True),
         model=source or type(model).__module__,
         sensitivities=sensitivities,
-        elements=elements,
+        elements=dims,
         curves=_curves(samples),
         sequences=len(ids),
         length=length,
         corpus=hashlib.blake2b("\0".join(texts).encode(), digest_size=16).hexdigest(),
     )
-
-
-def _member(entry: Any, plan: Any) -> Any:
-    return entry if plan.geometry.member is None else entry.caches[plan.geometry.member]
-
-
-def _sensitivities(
-    model: Any, caches: list[Any], plans: Sequence[Any], tokens: mx.array, seed: int
-) -> dict[tuple[str, int], tuple[Any, Any, mx.array]]:
-    """By side and layer: both sensitivities `(Hkv,)` of one sequence, and some tokens as the codec sees them.
-
-    The sequence is one prefill chunk, which attends to dense tokens; packing it afterwards fits the key frames.
-    """
-    length = tokens.shape[1]
-    seen: dict[int, tuple[mx.array, mx.array]] = {}
-
-    def probe(plan: Any, shift: Sequence[mx.array]) -> None:
-        cache = _member(caches[plan.index], plan)
-        fetch = type(cache).update_and_fetch
-
-        def probed(keys: mx.array, values: mx.array) -> Any:
-            seen[plan.index] = (keys, values)
-            return fetch(cache, keys + shift[0].astype(keys.dtype), values + shift[1].astype(values.dtype))
-
-        cache.update_and_fetch = probed
-
-    def loss(shifts: list[list[mx.array]]) -> tuple[mx.array, list[list[mx.array]]]:
-        for plan, shift in zip(plans, shifts, strict=True):
-            probe(plan, shift)
-        logits = model(tokens, cache=caches).astype(mx.float32)
-        drawn = mx.random.categorical(mx.stop_gradient(logits), key=mx.random.key(seed))
-        picked = mx.take_along_axis(logits, drawn[..., None], axis=-1)[..., 0]
-        tensors = []
-        for plan in plans:
-            frame: KeyFrame | None = _member(caches[plan.index], plan).frame
-            tensors.append([*seen[plan.index], *([] if frame is None else [frame.mean, frame.scale])])
-        return mx.sum(mx.logsumexp(logits, axis=-1) - picked), tensors
-
-    shifts = [
-        [mx.zeros((1, plan.geometry.kv_heads, length, dim)) for dim in (plan.geometry.key_dim, plan.geometry.value_dim)]
-        for plan in plans
-    ]
-    try:
-        (_, tensors), gradients = mx.value_and_grad(loss)(shifts)
-        mx.eval(tensors, gradients)
-    except (ValueError, RuntimeError, NotImplementedError) as error:
-        raise CalibrationError(
-            f"gradients must pass through the model for a calibration, got {type(error).__name__}: {error}; "
-            "choose a scheme without average bits"
-        ) from error
-    found: dict[tuple[str, int], tuple[Any, Any, mx.array]] = {}
-    for plan, (keys, values, *frame), (key_gradient, value_gradient) in zip(plans, tensors, gradients, strict=True):
-        keys, values = keys.astype(mx.float32), values.astype(mx.float32)
-        x = keys
-        if frame:
-            fitted = KeyFrame(_member(caches[plan.index], plan).rotary, *frame)
-            x, key_gradient = fitted.encode(keys, 0), fitted.scale_queries(key_gradient)
-        found[KEY, plan.index] = _weights(x, key_gradient, keys)
-        found[VALUE, plan.index] = _weights(values, value_gradient, values)
-    mx.eval([part for parts in found.values() for part in parts])
-    return {name: (np.array(a, np.float64), np.array(b, np.float64), x) for name, (a, b, x) in found.items()}
-
-
-def _weights(x: mx.array, gradient: mx.array, cached: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Both sensitivities `(Hkv,)`, without the first tokens, which stay dense, and some of the others."""
-    x, gradient, cached = (array[:, :, SKIP_TOKENS:] for array in (x, gradient, cached))
-    energy = mx.sum(x * x, axis=-1)
-    by_gradient = mx.mean(mx.sum(gradient * gradient, axis=-1) * energy, axis=(0, 2)) / x.shape[-1]
-    by_activation = mx.mean(mx.sum(cached * cached, axis=-1), axis=(0, 2))
-    return by_gradient, by_activation, x[:, :, -_CURVE_TOKENS:]
 
 
 def _curves(samples: Mapping[tuple[str, int], list[mx.array]]) -> dict[tuple[str, str], DistortionCurve]:
