@@ -71,8 +71,9 @@ class KVQConfig:
                     )
         if self.sensitivity not in SENSITIVITIES:
             raise SchemeError(f"sensitivity must be one of {', '.join(SENSITIVITIES)}, got {self.sensitivity!r}")
-        if not isinstance(self.calibration, str):
-            raise SchemeError(f"calibration must be a path or empty, got {self.calibration!r}")
+        path = self.calibration
+        if not isinstance(path, str) or "," in path or path != path.strip():  # a scheme string must hold it
+            raise SchemeError(f"calibration must be empty or a path without commas and outer spaces, got {path!r}")
         if not isinstance(self.frame, bool):
             raise SchemeError(f"frame must be True or False, got {self.frame!r}")
         _check_int("edges", self.edges, 0)

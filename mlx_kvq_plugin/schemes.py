@@ -6,6 +6,7 @@ the rest set fields of `KVQConfig`: `frame=on|off`, `edges=N`, `sinks=N`, `recen
 `seed=N`, `rotation=NAME`, `calibration=FILE`, `sensitivity=gradient|activation`. Every part at most once.
 
 Named schemes are found through entry points, group `mlx_kvq_plugin.schemes`: mappings from names to scheme strings.
+Parts beside a named scheme win over its own: `turbo4v2,v=tq3` is `k=grouped4,v=tq3`.
 """
 
 from __future__ import annotations
@@ -37,19 +38,26 @@ def _parse_int(name: str, text: str) -> int:
 def named_schemes(entry: str) -> Mapping[str, str]:
     """Scheme strings by the names that an entry point gives them, which begin with its own; raises `PluginError`."""
     names = load_plugin(GROUP, entry)
-    if not (isinstance(names, Mapping) and all(name.startswith(entry) for name in names)):
+    if not (isinstance(names, Mapping) and all(_is_named(entry, *item) for item in names.items())):
         raise PluginError(
             f"entry point {entry!r} in {GROUP} must be a mapping of names that begin with it to schemes, got {names!r}"
         )
     return names
 
 
+def _is_named(entry: str, name: object, scheme: object) -> bool:
+    return isinstance(name, str) and name.startswith(entry) and isinstance(scheme, str)
+
+
 def _named(name: str) -> str:
     """The scheme string of a named scheme, or ""; only the entry points that its name begins with are loaded."""
-    found = [named_schemes(entry) for entry in plugin_names(GROUP) if name.startswith(entry)]
+    try:
+        found = [named_schemes(entry) for entry in plugin_names(GROUP) if name.startswith(entry)]
+    except PluginError as error:
+        raise SchemeError(str(error)) from error
     owners = [names[name] for names in found if name in names]
     if len(owners) > 1:
-        raise PluginError(f"scheme {name} must be named by one plugin, got {' and '.join(owners)}; uninstall one")
+        raise SchemeError(f"scheme {name} must be named by one plugin, got {' and '.join(owners)}; uninstall one")
     return owners[0] if owners else ""
 
 
@@ -144,13 +152,27 @@ class SchemeRow:
 def list_schemes(head_dim: int, dtype: str = "float16") -> list[SchemeRow]:
     """Every scheme that names one codec, and the named schemes, with all-in bits per element at a head size."""
     rows = [SchemeRow(FP16, 16.0, "left to mlx-lm")]
-    names = [family + suffix for family in list_codecs() for suffix in load_plugin(CODECS, family).suffixes]
-    for name in [*names, *(name for entry in plugin_names(GROUP) for name in named_schemes(entry))]:
+    sources = [
+        *((_codec_names, family) for family in list_codecs()),
+        *((named_schemes, e) for e in plugin_names(GROUP)),
+    ]
+    for names_of, entry in sources:
         try:
-            config = parse_scheme(name)
-            sides = [get_codec(side).bits_per_element(head_dim, dtype) for side in (config.key, config.value)]
-            note = "" if config.key == config.value else f"keys {config.key}, values {config.value}"
-            rows.append(SchemeRow(name, sum(sides) / 2, note))
-        except (CodecError, PluginError, SchemeError) as error:
-            rows.append(SchemeRow(name, None, str(error)))
+            rows += [_row(name, head_dim, dtype) for name in names_of(entry)]
+        except PluginError as error:
+            rows.append(SchemeRow(entry, None, str(error)))
     return rows
+
+
+def _codec_names(family: str) -> list[str]:
+    return [family + suffix for suffix in load_plugin(CODECS, family).suffixes]
+
+
+def _row(name: str, head_dim: int, dtype: str) -> SchemeRow:
+    try:
+        config = parse_scheme(name)
+        sides = [get_codec(side).bits_per_element(head_dim, dtype) for side in (config.key, config.value)]
+    except (CodecError, SchemeError) as error:
+        return SchemeRow(name, None, str(error))
+    note = "" if config.key == config.value else f"keys {config.key}, values {config.value}"
+    return SchemeRow(name, sum(sides) / 2, note)

@@ -12,8 +12,10 @@ from mlx_kvq_plugin.adapters import GROUP as ADAPTERS
 from mlx_kvq_plugin.adapters import list_adapters, load_adapter
 from mlx_kvq_plugin.codecs import GROUP as CODECS
 from mlx_kvq_plugin.codecs import get_codec, list_codecs
+from mlx_kvq_plugin.config import KVQConfig
 from mlx_kvq_plugin.errors import CodecError, KVQError, PluginError, SchemeError
-from mlx_kvq_plugin.schemes import parse_scheme
+from mlx_kvq_plugin.schemes import GROUP as SCHEMES
+from mlx_kvq_plugin.schemes import list_schemes, parse_scheme
 
 CODEC = """
 from dataclasses import dataclass
@@ -191,7 +193,10 @@ def test_one_distribution_on_two_paths_is_no_clash(install: Install, tmp_path: P
         ("def Outside(): pass", "<function Outside"),
         ("Outside = 3", "3"),
         ("class Outside: pass", "<class '"),
-        ("from mlx_kvq_plugin.codecs.identity import Identity; Outside = Identity()", "Identity(seed=0, rotation='hadamard')"),
+        (
+            "from mlx_kvq_plugin.codecs.identity import Identity; Outside = Identity()",
+            "Identity(seed=0, rotation='hadamard')",
+        ),
     ],
 )
 def test_what_is_no_codec_class_is_refused(install: Install, source: str, got: str) -> None:
@@ -226,3 +231,57 @@ def test_a_plugin_installed_later_is_seen_after_a_refresh(install: Install) -> N
     assert {"late", "later"} & set(list_codecs()) == {"late"}
     plugins.refresh()
     assert {"late", "later"} & set(list_codecs()) == {"late", "later"}
+
+
+# ---- named schemes ---------------------------------------------------------------------------------------------------
+
+
+def test_schemes_named_by_a_plugin_are_schemes(install: Install) -> None:
+    names = {"house-small": "k=tq3,v=tq2,edges=1", "house-long": "tq@2.5,recent=64"}
+    module = install("house", SCHEMES, {"house": "{module}:SCHEMES"}, f"SCHEMES = {names!r}")
+    parse_scheme("tq4")
+    assert module not in sys.modules  # only those whose name a scheme begins with are loaded
+    assert parse_scheme("house-small") == KVQConfig("tq3", "tq2", edges=1)
+    assert parse_scheme("house-small,edges=3,seed=4") == KVQConfig("tq3", "tq2", edges=3, seed=4)
+    assert parse_scheme("recent=8,house-long") == KVQConfig("tq@2.5", "tq@2.5", recent=8)
+    rows = {row.name: row for row in list_schemes(128)}
+    assert rows["house-small"].bits == 2.5 + 16 / 128 and rows["house-small"].note == "keys tq3, values tq2"
+    assert rows["house-long"].bits is None  # bits on average are nobody's bits
+    message_of(SchemeError, lambda: parse_scheme("house-large"))
+
+
+def test_two_plugins_cannot_name_one_scheme(install: Install) -> None:
+    install("one", SCHEMES, {"hou": "{module}:SCHEMES"}, "SCHEMES = {'house': 'tq4'}")
+    install("two", SCHEMES, {"house": "{module}:SCHEMES"}, "SCHEMES = {'house': 'tq3'}")
+    message = message_of(SchemeError, lambda: parse_scheme("house"))
+    assert message == "scheme house must be named by one plugin, got tq4 and tq3; uninstall one"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "SCHEMES = 3",
+        "SCHEMES = ['house']",
+        "SCHEMES = {'home': 'tq4'}",
+        "SCHEMES = {'house': 4}",
+        "SCHEMES = {4: 'tq4'}",
+    ],
+)
+def test_what_names_no_schemes_is_refused(install: Install, source: str) -> None:
+    install("house", SCHEMES, {"house": "{module}:SCHEMES"}, source)
+    start = f"entry point 'house' in {SCHEMES} must be a mapping of names that begin with it to schemes, got "
+    assert message_of(SchemeError, lambda: parse_scheme("house")).startswith(start)
+    rows = {row.name: row for row in list_schemes(128)}
+    assert rows["house"].bits is None and rows["house"].note.startswith(start)
+    assert rows["tq4"].bits == 4.125
+
+
+def test_a_broken_plugin_is_a_row_of_the_list(install: Install) -> None:
+    install("badcodec", CODECS, {"bad": "{module}:Outside"}, "raise RuntimeError('no luck')")
+    install("badschemes", SCHEMES, {"worse": "{module}:SCHEMES"}, "raise RuntimeError('none either')")
+    rows = {row.name: row for row in list_schemes(128)}
+    assert rows["tq4"].bits == 4.125 and rows["turbo4v4"].bits is not None
+    for name, dist, reason in (("bad", "badcodec", "no luck"), ("worse", "badschemes", "none either")):
+        assert rows[name].bits is None
+        assert f"from {dist}) must import, got RuntimeError: {reason}; fix or uninstall" in rows[name].note
+        assert rows[name].note == message_of(SchemeError, lambda name=name: parse_scheme(name))
