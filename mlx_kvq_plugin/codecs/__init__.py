@@ -56,6 +56,23 @@ class Plane:
 
 
 @dataclass(frozen=True)
+class Published:
+    """What the paper of a codec says of random unit vectors x in D dimensions and any unit vector y.
+
+    Attributes:
+        source: the paper, and where in it.
+        mse_bound, mse: the proven upper bound of E ||x - x^||^2, and the value that it prints.
+        product_bound, product: the same of D E (<y, x^> - <y, x>)^2.
+    """
+
+    source: str
+    mse_bound: float | None = None
+    mse: float | None = None
+    product_bound: float | None = None
+    product: float | None = None
+
+
+@dataclass(frozen=True)
 class Codec:
     """A map `(B, Hkv, L, D) -> {plane: (B, Hkv, rows, width)}` and back.
 
@@ -75,6 +92,7 @@ class Codec:
     version: ClassVar[int] = 1
     exact: ClassVar[bool] = False  # decode(encode(x)) is x, bit for bit
     unbiased: ClassVar[bool] = False  # E[decode(encode(x))] is x for a random direction of x
+    shrinkage: ClassVar[float | None] = None  # the slope of <y, x^> over <y, x> is 1 - shrinkage * E ||x - x^||^2
     fitted: ClassVar[bool] = False  # needs the statistics of `fit`
     values: ClassVar[bool] = True  # whether values can be stored with it, not only keys
     group: ClassVar[int] = 1  # tokens that are encoded together
@@ -141,7 +159,14 @@ class Codec:
         return 8.0 * sum(plane.nbytes for plane in self.planes(dim, dtype)) / dim
 
     def expected_mse(self, dim: int) -> tuple[float, float] | None:
-        """The band of the mean squared error of random unit vectors by the codec's theory; `None` without one."""
+        """The band of the mean squared error of random unit vectors by the codec's theory; `None` without one.
+
+        It holds for data that the statistics of `fit` were not read off.
+        """
+        return None
+
+    def published(self, dim: int) -> Published | None:
+        """What the codec's paper proves and reports of random unit vectors; `None` without such a text."""
         return None
 
     def statistics_nbytes(self, dim: int) -> int:

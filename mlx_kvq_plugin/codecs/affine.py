@@ -8,12 +8,14 @@ Scales and biases have the input's dtype, as in mlx-lm's `QuantizedKVCache`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import mlx.core as mx
+import numpy as np
 
 from . import NO_STATISTICS, Codec, Plane, Planes, Statistics
-from .scalar import simulated_steps_mse
+from .scalar import sphere_rows
 
 
 def _padded(dim: int) -> int:
@@ -23,6 +25,25 @@ def _padded(dim: int) -> int:
 def _pad(x: mx.array) -> mx.array:
     short = _padded(x.shape[-1]) - x.shape[-1]
     return mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)]) if short else x
+
+
+@cache
+def _simulated(bits: int, size: int, padding: int, dim: int) -> float:
+    """Relative error of `size` channels of a random unit vector, a group together with `padding` zeros.
+
+    The rule of `mx.quantize`: equal steps from the extreme that is farther from zero, widened so that zero is one.
+    """
+    x = sphere_rows(size, dim) / dim**0.5
+    low, high = x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True)
+    if padding:
+        low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
+    below = -low > high
+    edge = np.where(below, low, high)
+    step = (high - low) / (2**bits - 1) * np.where(below, 1.0, -1.0)
+    step = edge / np.round(edge / step)
+    codes = np.clip(np.round((x - edge) / step), 0, 2**bits - 1)
+    stored = codes * step.astype(np.float16) + edge.astype(np.float16)
+    return float(dim * np.mean((stored - x) ** 2))
 
 
 def _quantized_matmul_runs() -> bool:
@@ -62,12 +83,11 @@ class Affine(Codec):
         return Plane("codes", "uint32", words), Plane("scales", dtype, groups), Plane("biases", dtype, groups)
 
     def expected_mse(self, dim: int) -> tuple[float, float] | None:
-        """Equal steps between the extremes; MLX moves them so that zero is one, worth a quarter at 2 bits.
-
-        A head size that is padded has a group with zeros, whose extremes are nearer.
-        """
-        mse = simulated_steps_mse(self.bits, self.group_size(dim))
-        return (0.73 if self.bits == 2 or dim % 32 else 0.94) * mse, 1.12 * mse
+        """The definition, simulated in float64 with scales and biases in float16."""
+        size = self.group_size(dim)
+        filled = [min(size, dim - start) for start in range(0, dim, size)]
+        mse = sum(count * _simulated(self.bits, count, size - count, dim) for count in filled) / dim
+        return 0.99 * mse, 1.01 * mse
 
     def _encode(self, x: mx.array, statistics: Statistics) -> dict[str, mx.array]:
         if x.shape[2] == 0:  # mx.quantize refuses empty arrays

@@ -15,12 +15,11 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from ..codebooks import odd_codebook
 from ..errors import CodecError
 from ..rotation import DENSE, has_hadamard
-from . import NO_STATISTICS, Codec, Plane, Planes, Statistics
-from .scalar import gaussian_band
-from .turboquant import TurboQuant
+from . import NO_STATISTICS, Codec, Plane, Planes, Published, Statistics
+from .scalar import scaled_band
+from .turboquant import PAPER, TurboQuant, mse_bound
 
 _OUTLIER = "outlier_"
 _ORDER = "uint16"
@@ -32,6 +31,7 @@ class OutlierTurboQuant(Codec):
 
     family: ClassVar[str] = "tq"
     fitted: ClassVar[bool] = True
+    shrinkage: ClassVar[float | None] = TurboQuant.shrinkage
 
     bits: int = 2
     count: int = 0
@@ -81,11 +81,16 @@ class OutlierTurboQuant(Codec):
         return (*first, *small.planes(dim - count, dtype))
 
     def expected_mse(self, dim: int) -> tuple[float, float] | None:
+        """Both parts as random vectors of their size; in random directions no channel is larger than others."""
+        count = self.outliers(dim)
+        parts = (count, scaled_band(self.outlier_bits, count)), (dim - count, scaled_band(self.bits, dim - count))
+        low, high = (sum(size * band[i] for size, band in parts) / dim for i in (0, 1))
+        return low, high
+
+    def published(self, dim: int) -> Published | None:
         share = self.outliers(dim) / dim
-        low, high = gaussian_band(
-            share * odd_codebook(self.outlier_bits).mse + (1 - share) * odd_codebook(self.bits).mse
-        )
-        return 0.9 * low, high  # shorter parts gain more from their own scales, and the chosen channels are larger
+        bound = share * mse_bound(self.outlier_bits) + (1 - share) * mse_bound(self.bits)
+        return Published(f"{PAPER}, theorem 1 for both parts", mse_bound=bound)
 
     def statistics_nbytes(self, dim: int) -> int:
         dtype: mx.Dtype = getattr(mx, _ORDER)

@@ -67,6 +67,7 @@ class Polar(Codec):
 
     family: ClassVar[str] = "polar"
     suffixes: ClassVar[tuple[str, ...]] = ("3", "4")
+    shrinkage: ClassVar[float | None] = 0.5  # norms are kept
 
     bits: int = 4
 
@@ -98,7 +99,7 @@ class Polar(Codec):
         cosine = math.sin(half) / half
         for level in range(2, LEVELS + 1):
             cosine *= angle_codebook(level)[1]
-        return 0.98 * 2 * (1 - cosine), 1.02 * 2 * (1 - cosine)
+        return 0.996 * 2 * (1 - cosine), 1.004 * 2 * (1 - cosine)
 
     def _encode(self, x: mx.array, statistics: Statistics) -> dict[str, mx.array]:
         y = rotate(x.astype(mx.float32), self.seed, self.rotation)

@@ -18,8 +18,9 @@ import mlx.core as mx
 from ..codebooks import odd_codebook
 from ..packing import pack, packed_width, unpack
 from ..rotation import HADAMARD, check_dim, rotate, unrotate
-from . import NO_STATISTICS, Codec, Plane, Planes, Statistics
+from . import NO_STATISTICS, Codec, Plane, Planes, Published, Statistics
 from .scalar import SCALE_DTYPE, slot_levels, slot_scores
+from .turboquant import PAPER
 
 
 def mean_coordinate(dim: int) -> float:
@@ -78,7 +79,11 @@ class QJL(Codec):
 
     def expected_mse(self, dim: int) -> tuple[float, float] | None:
         mse = excess(dim) / self.blocks
-        return 0.97 * mse, 1.03 * mse
+        return 0.997 * mse, 1.003 * mse
+
+    def published(self, dim: int) -> Published | None:
+        bound = math.pi / 2 / self.blocks
+        return Published(f"{PAPER}, lemma 4", product_bound=bound, product=1.57 if self.blocks == 1 else None)
 
     def _factor(self, dim: int) -> float:
         return 1.0 / (self.blocks * dim * mean_coordinate(dim))

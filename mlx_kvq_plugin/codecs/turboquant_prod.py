@@ -8,17 +8,20 @@ constant c).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import mlx.core as mx
 
-from ..codebooks import odd_codebook
 from ..packing import pack, packed_width, unpack
 from ..rotation import check_dim, rotate, unrotate
-from . import NO_STATISTICS, Codec, Plane, Planes, Statistics
+from . import NO_STATISTICS, Codec, Plane, Planes, Published, Statistics
 from .qjl import excess, mean_coordinate, sign_scores, signs_of, sketch_rotation
-from .scalar import SCALE_DTYPE, dequantize, gaussian_band, quantize, slot_levels, slot_scores
+from .scalar import SCALE_DTYPE, dequantize, quantize, scaled_band, slot_levels, slot_scores
+from .turboquant import PAPER
+
+_REPORTED = {1: 1.57, 2: 0.56, 3: 0.18, 4: 0.047}  # theorem 2, by bits, times 1 / D
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,12 @@ class TurboQuantProd(Codec):
         )
 
     def expected_mse(self, dim: int) -> tuple[float, float] | None:
-        low, high = gaussian_band(odd_codebook(self.bits - 1).mse)
+        low, high = scaled_band(self.bits - 1, dim)
         return low * excess(dim), high * excess(dim)
+
+    def published(self, dim: int) -> Published | None:
+        bound = math.sqrt(3) * math.pi**2 * 4.0**-self.bits
+        return Published(f"{PAPER}, theorem 2", product_bound=bound, product=_REPORTED[self.bits])
 
     def _encode(self, x: mx.array, statistics: Statistics) -> dict[str, mx.array]:
         y = rotate(x.astype(mx.float32), self.seed, self.rotation)
