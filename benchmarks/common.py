@@ -1,4 +1,4 @@
-"""What the benchmarks share: models, texts, tables, and one JSON file of results per benchmark under docs/results."""
+"""What the benchmarks share: models, texts, tables, and one JSON file of results per benchmark under results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import mlx_lm
 
 import mlx_kvq_plugin as kvq
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 
 _DOCUMENTED = (
     "argparse",
@@ -89,6 +89,6 @@ def print_table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
 
 
 def store(name: str, rows: list[dict[str, Any]]) -> None:
-    """Write `docs/results/<name>.json`."""
+    """Write `results/<name>.json` beside this file."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")

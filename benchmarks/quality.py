@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
     parser.add_argument("--prefill", type=int, default=200)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--name", default="quality", help="results go to docs/results/NAME.json")
+    parser.add_argument("--name", default="quality", help="results go to benchmarks/results/NAME.json")
     arguments = parser.parse_args()
     rows = []
     for name in arguments.model:

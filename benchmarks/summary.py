@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "results"
+RESULTS = ROOT / "benchmarks" / "results"
 SCHEMES = ("tq4", "tq3", "rvq1")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
