@@ -1,7 +1,7 @@
-"""One suite for all codecs, an outside one included; golden bytes; what is special about rvq and the rotation.
+"""One suite for all codecs, an outside one included; what is special about rvq.
 
 What is special about the other codecs is in test_key_codecs.py (qjl, tqprod), test_block_codecs.py (polar, grouped,
-kivi), test_outliers.py and test_per_head.py.
+kivi), test_outliers.py and test_per_head.py; golden bytes are in test_golden.py, rotations in test_rotation.py.
 """
 
 import json
@@ -14,7 +14,6 @@ from typing import ClassVar
 import mlx.core as mx
 import numpy as np
 import pytest
-from golden import make_codecs
 from reference_codecs import decode_slowly, float64, rotation_matrix, unpack_slowly
 
 from mlx_kvq_plugin.codebooks import embedded_stage, lloyd_max, odd_codebook
@@ -727,40 +726,3 @@ def test_unknown_suffixes_are_refused_by_a_list_of_the_family(name: str, known: 
 def test_all_built_in_families_are_listed() -> None:
     assert {"affine", "grouped", "identity", "kivi", "polar", "qjl", "rvq", "tq", "tqprod"} <= set(list_codecs())
     assert list_codecs() == sorted(list_codecs())
-
-
-# ---- golden bytes ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", NAMES[:-1])
-def test_bytes_are_the_golden_ones_of_this_version(name: str) -> None:
-    stored = json.loads(make_codecs.PATH.read_text())[name]
-    assert stored["version"] == get_codec(name).version, "run tests/golden/make_codecs.py for the new byte version"
-    for dim in make_codecs.DIMS:
-        assert make_codecs.digests(name, dim) == stored["sha256"][str(dim)], f"the bytes changed at head size {dim}"
-
-
-def test_golden_bytes_cover_all_built_in_codecs() -> None:
-    assert set(json.loads(make_codecs.PATH.read_text())) == set(NAMES[:-1]) == set(make_codecs.NAMES)
-
-
-@pytest.mark.parametrize("dim", make_codecs.DIMS)
-def test_golden_inputs_keep_clear_of_every_decision(dim: int) -> None:
-    """Their bytes hold on every platform: the last bits of float32 arithmetic (1e-6 here) decide nothing."""
-    x = make_codecs.golden_input(dim).astype(np.float64)
-    y = x @ rotation_matrix(dim, 0)
-    z = y / np.sqrt(np.mean(y * y, axis=-1, keepdims=True))
-    for bits in (1, 2, 3, 4, 5, 6):
-        book = odd_codebook(bits)
-        assert np.min(np.abs(np.abs(z)[..., None] - np.array([0.0, *book.thresholds]))) > 8e-6
-        levels = np.array(book.levels)
-        levels = levels[np.searchsorted(0.5 * (levels[1:] + levels[:-1]), z)]
-        scale = np.sum(y * levels, axis=-1) / np.sum(levels * levels, axis=-1)
-        steps = np.frexp(scale)[0] * 256  # neighbours in bfloat16 are 1 apart
-        assert np.min(np.abs(steps % 1 - 0.5)) > 1e-3
-    for name in AFFINE:
-        codec = get_codec(name)
-        planes = codec.encode(mx.array(x.astype(np.float32)))
-        padded = np.pad(x, [(0, 0), (0, 0), (0, 0), (0, -dim % 32)]).reshape(2, 2, 3, -1, codec.group_size(dim))
-        steps = (padded - float64(planes["biases"])[..., None]) / float64(planes["scales"])[..., None]
-        assert np.min(np.abs(steps % 1 - 0.5)) > 5e-5  # up to 255 steps in float32
