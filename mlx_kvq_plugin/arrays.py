@@ -35,3 +35,8 @@ def lead_axes(ndim: int) -> int:
 def with_lead_axes(x: mx.array) -> mx.array:
     """`(L, D)` or `(Hkv, L, D)` as `(B, Hkv, L, D)`."""
     return x.reshape(*(1,) * lead_axes(x.ndim), *x.shape)
+
+
+def plain_tokens(x: Any) -> mx.array:
+    """Tokens of MLX, NumPy or nested lists, `(L, D)`, `(Hkv, L, D)` or `(B, Hkv, L, D)`, as `(B, Hkv, L, D)`."""
+    return with_lead_axes(x if isinstance(x, mx.array) else from_numpy(np.asarray(x)))

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import numpy as np
 
-from ..arrays import from_numpy, lead_axes, to_numpy, with_lead_axes
+from ..arrays import from_numpy, lead_axes, plain_tokens, to_numpy, with_lead_axes
 from ..errors import CodecError
 from ..plugins import load_plugin, plugin_names
 from ..rotation import HADAMARD, ROTATIONS
@@ -174,14 +174,15 @@ class Codec:
         return 0
 
     def fit(self, x: mx.array) -> dict[str, mx.array]:
-        """Statistics `(B, Hkv, ...)` from the first tokens `(B, Hkv, L, D)`."""
+        """Statistics `(B, Hkv, ...)`, MLX arrays, from the first tokens `(B, Hkv, L, D)`, plain ones as in `encode`."""
         return {}
 
     def encode(self, x: Any, statistics: Statistics = NO_STATISTICS) -> dict[str, Any]:
         """Planes of tokens: of an MLX array `(B, Hkv, L, D)`, or of a plain one.
 
         Args:
-            x: floats `(B, Hkv, L, D)`, L >= 0; plain arrays, of MLX or NumPy, may also be `(L, D)` or `(Hkv, L, D)`.
+            x: floats `(B, Hkv, L, D)`, L >= 0; plain arrays, of MLX or NumPy, may also be `(L, D)` or `(Hkv, L, D)`;
+                float64 becomes float32.
             statistics: of `fit`; a codec with `fitted` needs them.
 
         Returns:
@@ -193,9 +194,8 @@ class Codec:
         self._check_statistics(statistics)
         if isinstance(x, mx.array) and x.ndim == 4:
             return self._encode(x, statistics)
-        plain = x if isinstance(x, mx.array) else from_numpy(np.asarray(x))
-        planes = self._encode(with_lead_axes(plain), statistics)
-        axes = lead_axes(plain.ndim)
+        planes = self._encode(plain_tokens(x), statistics)
+        axes = lead_axes(np.ndim(x))
         planes = {name: plane.reshape(*plane.shape[axes:]) for name, plane in planes.items()}
         return planes if isinstance(x, mx.array) else {name: to_numpy(plane) for name, plane in planes.items()}
 
@@ -208,25 +208,32 @@ class Codec:
     ) -> Any:
         """Reconstruction of the tokens in `dtype`, with the axes of the planes; allocates L * D elements per head.
 
+        Costs a look at all head sizes where `dim` is left out.
+
         Args:
             planes: as from `encode`, NumPy ones too (the result is then NumPy).
             dim: D; may be left out where the widths of the planes tell it.
             statistics: what the planes were encoded with.
 
         Raises:
-            CodecError: for a fitted codec without statistics, and where `dim` is needed but not given.
+            CodecError: for a fitted codec without statistics, where `dim` is needed but not given, and for plain
+                planes that are not this codec's.
         """
         self._check_statistics(statistics)
-        some = next(iter(planes.values()))
+        some = next(iter(planes.values()), None)
+        widths = {name: plane.shape[-1] for name, plane in planes.items()}
         if dim is None:
-            dim = self._dim_of({name: plane.shape[-1] for name, plane in planes.items()})
+            dim = self._dim_of(widths)
         if isinstance(some, mx.array) and some.ndim == 4:
             return self._decode(planes, dim, dtype, statistics)
+        declared = {plane.name: plane for plane in self.planes(dim, "float32")}
+        expected = {name: plane.width for name, plane in declared.items()}
+        if some is None or widths != expected:
+            raise CodecError(f"{self.name} planes of {dim} channels must have the widths {expected}, got {widths}")
         if isinstance(some, mx.array):
             arrays = dict(planes)
         else:
-            dtypes = {plane.name: plane.dtype for plane in self.planes(dim, "float32")}
-            arrays = {name: from_numpy(plane, dtypes[name]) for name, plane in planes.items()}
+            arrays = {name: from_numpy(plane, declared[name].dtype) for name, plane in planes.items()}
         axes = lead_axes(some.ndim)
         x = self._decode({name: with_lead_axes(plane) for name, plane in arrays.items()}, dim, dtype, statistics)
         x = x.reshape(*x.shape[axes:])

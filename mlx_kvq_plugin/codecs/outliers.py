@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import mlx.core as mx
 
+from ..arrays import plain_tokens
 from ..errors import CodecError
 from ..rotation import DENSE, has_hadamard
 from . import NO_STATISTICS, Codec, Plane, Planes, Published, Statistics
@@ -98,6 +99,7 @@ class OutlierTurboQuant(Codec):
 
     def fit(self, x: mx.array) -> dict[str, mx.array]:
         """`order` `(B, Hkv, 1, D)`: the outlier channels, then the others, each ascending."""
+        x = plain_tokens(x)
         count, dim = self.outliers(x.shape[-1]), x.shape[-1]
         energy = mx.sum(mx.square(x.astype(mx.float32)), axis=2, keepdims=True)
         ranked = mx.argsort(-energy, axis=-1)
