@@ -22,14 +22,20 @@ class _Part:
     codec: Codec
     heads: tuple[int, ...]
 
+    @property
+    def prefix(self) -> str:
+        """Of this codec's array names; by head, since dots in names of codecs (`tq2.5`) would split those in files."""
+        return f"head{self.heads[0]}_"
+
     def of(self, arrays: Planes) -> dict[str, mx.array]:
         """This codec's own arrays."""
-        prefix = f"{self.codec.name}."
-        return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+        return {
+            name.removeprefix(self.prefix): array for name, array in arrays.items() if name.startswith(self.prefix)
+        }
 
     def named(self, arrays: Planes) -> dict[str, mx.array]:
         """Inverse of `of`."""
-        return {f"{self.codec.name}.{name}": array for name, array in arrays.items()}
+        return {self.prefix + name: array for name, array in arrays.items()}
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ class PerHead(Codec):
         """Planes of all parts; `share` is the part's share of the heads."""
         return tuple(
             Plane(
-                f"{part.codec.name}.{plane.name}",
+                part.prefix + plane.name,
                 plane.dtype,
                 plane.width,
                 plane.tokens,
