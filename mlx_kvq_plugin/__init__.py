@@ -9,15 +9,17 @@ Importing registers the cache classes in `mlx_lm.models.cache`, where mlx-lm loo
 from mlx_lm.models import cache as _mlx_cache
 
 from .adapters import Adapter, LayerGeometry, attention_geometry, list_adapters
+from .allocation import DistortionCurve
 from .batch import BatchKVQCache
 from .cache import KVQCache
-from .codecs import Codec, Plane, get_codec, list_codecs
+from .codecs import Codec, Plane, Published, get_codec, list_codecs
 from .config import KVQConfig, LayerSpec
 from .demo_models import DEMO_MODELS, demo_model_path
 from .distributed import Placement, placement_of, sharded_load
 from .errors import KVQError
 from .evaluation import Fidelity, compare, step_logprobs
 from .loading import Compression, compress, compression_of, load, make_prompt_cache
+from .probes import distortion, key_norms, layer_timing, recorded_queries
 from .prompt_cache import (
     PromptCacheInfo,
     load_prompt_cache,
@@ -28,6 +30,8 @@ from .prompt_cache import (
 from .report import CacheReport, LayerReport, cache_report
 from .schemes import format_scheme, list_schemes, parse_scheme
 from .sliding import SlidingKVQCache, allow_speculation
+from .standalone import CompressedKV, fit_distortion_curve
+from .theory import validate_codecs
 
 __all__ = [
     "DEMO_MODELS",
@@ -35,7 +39,9 @@ __all__ = [
     "BatchKVQCache",
     "CacheReport",
     "Codec",
+    "CompressedKV",
     "Compression",
+    "DistortionCurve",
     "Fidelity",
     "KVQCache",
     "KVQConfig",
@@ -46,6 +52,7 @@ __all__ = [
     "Placement",
     "Plane",
     "PromptCacheInfo",
+    "Published",
     "SlidingKVQCache",
     "allow_speculation",
     "attention_geometry",
@@ -54,8 +61,12 @@ __all__ = [
     "compress",
     "compression_of",
     "demo_model_path",
+    "distortion",
+    "fit_distortion_curve",
     "format_scheme",
     "get_codec",
+    "key_norms",
+    "layer_timing",
     "list_adapters",
     "list_codecs",
     "list_schemes",
@@ -65,9 +76,11 @@ __all__ = [
     "parse_scheme",
     "placement_of",
     "read_prompt_cache_info",
+    "recorded_queries",
     "save_prompt_cache",
     "sharded_load",
     "step_logprobs",
+    "validate_codecs",
     "verify_prompt_cache",
 ]
 
