@@ -72,6 +72,8 @@ class SlidingKVQCache(KVQCache):
         self._rollback = 0
         if self.spec.compress_after != "prefill" or self._step:
             self._freeze_before_eviction()
+        if self._waits:  # single steps would have packed before the last tokens pushed out the first
+            super().compact()
         self._evict(self.max_size)
         super().compact()
 
