@@ -6,6 +6,7 @@ computation, rate, dimension and mean squared error.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 from pathlib import Path
@@ -43,7 +44,7 @@ def load_codebook(bits: int, dim: int, cache_dir: Path | None = None) -> ScalarC
     check_codebook(bits, dim)
     path = codebook_path(bits, dim, cache_dir)
     try:
-        stored = _read(path, bits, dim) if path.exists() else None
+        stored = _read(path, bits, dim)
         if stored is not None:
             return stored
         book = sphere_codebook(bits, dim)
@@ -78,7 +79,7 @@ def _write(path: Path, book: ScalarCodebook) -> None:
 
 
 def _read(path: Path, bits: int, dim: int) -> ScalarCodebook | None:
-    """The codebook in a file, `None` for one of another version."""
+    """The codebook in a file; `None` without one, and for one of another version."""
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -87,8 +88,9 @@ def _read(path: Path, bits: int, dim: int) -> ScalarCodebook | None:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         if metadata != {**metadata, "format": FORMAT, "bits": str(bits), "dim": str(dim)}:
             raise _damaged(path, f"hold {bits} bits in {dim} dimensions", f"metadata {metadata}")
-        mse = float(metadata.get("mse", "nan"))
-    except (SafetensorError, ValueError) as error:
+    except FileNotFoundError:
+        return None
+    except SafetensorError as error:
         raise _damaged(path, "be a safetensors file", str(error)) from error
     shapes = {name: (array.shape, str(array.dtype)) for name, array in arrays.items()}
     sizes = {"levels": ((2**bits,), "float64"), "thresholds": ((2**bits - 1,), "float64")}
@@ -99,11 +101,21 @@ def _read(path: Path, bits: int, dim: int) -> ScalarCodebook | None:
         raise _damaged(path, "hold ascending levels symmetric about 0", "others")
     if not np.array_equal(thresholds, 0.5 * (levels[1:] + levels[:-1])):
         raise _damaged(path, "hold thresholds midway between the levels", "others")
-    book = ScalarCodebook(bits, dim, tuple(levels.tolist()), tuple(thresholds.tolist()), mse)
+    book = ScalarCodebook(
+        bits, dim, tuple(levels.tolist()), tuple(thresholds.tolist()), _number(metadata.get("mse", ""))
+    )
     found = sphere_mse(book.levels, dim)
-    if not abs(found - mse) <= 1e-9 * found:
-        raise _damaged(path, f"state the error of its levels, {found}", f"{mse}")
+    if not abs(found - book.mse) <= 1e-9 * found:
+        raise _damaged(path, f"state the error of its levels, {found}", metadata.get("mse", "none"))
     return book
+
+
+def _number(text: str) -> float:
+    """Not a number for what is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _damaged(path: Path, must: str, got: str) -> CodebookError:
