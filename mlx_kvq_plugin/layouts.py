@@ -121,7 +121,7 @@ def _packed_layout(geometry: LayerGeometry, cache: KVQCache, token: int, dtype: 
         group=math.lcm(keys.group, values.group),
         block=cache.block,
         energy=4 * heads * dim if cache.uses_frame else 0,
-        statistics=heads * statistics,
+        statistics=round(heads * statistics),
         sinks=cache.spec.sinks,
         recent=cache.spec.recent,
         needed=MIN_TOKENS if cache.uses_frame or keys.fitted or values.fitted else 0,

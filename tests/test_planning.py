@@ -136,6 +136,13 @@ def test_groups_of_tokens_fitted_codecs_and_codecs_per_head_are_counted(scheme: 
             assert found == (plan.nbytes(tokens, steps=steps), plan.peak_nbytes(tokens, steps=steps)), tokens
 
 
+def test_statistics_of_some_of_three_heads_are_counted_to_the_byte() -> None:
+    model = tiny_models.llama(num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=3)
+    with kvq.compress(model, "tq2.5+tq3+tq3") as compression:
+        plan = plan_caches(compression.maker)
+        assert held_bytes(plan, compression.maker(), 300, 9)[0] == plan.nbytes(300, steps=9)
+
+
 @pytest.mark.parametrize("name", ["llama4", "falcon_h1", "gemma3n", "mistral3", "gemma4_text"])
 def test_other_caches_of_mlx_lm_and_shared_layers(name: str) -> None:
     """Chunked and rotating ones, members of lists, full caches of sliding layers, layers that others read."""

@@ -79,7 +79,8 @@ class Codec:
     A codec implements `planes`, `_encode` and `_decode`. What must hold:
       * token-addressable: the codes of a token depend on that token (and frozen `statistics`) alone, so encoding in
         pieces equals encoding at once and planes can be cut anywhere on the token axis. A codec with `group` above 1
-        encodes that many consecutive tokens together; pieces then are multiples of it.
+        encodes that many consecutive tokens together; pieces then are multiples of it. One plane at least has a row
+        for every token;
       * deterministic: equal config, statistics and input give equal bits; `version` grows when the bytes change;
       * `scores` and `weighted_sum` work in a transform domain, so attention never inverts the transform per token:
         with k^ = decode(planes), `scores(transform_queries(q), planes) == q @ k^T`, and
@@ -169,8 +170,8 @@ class Codec:
         """What the codec's paper proves and reports of random unit vectors; `None` without such a text."""
         return None
 
-    def statistics_nbytes(self, dim: int) -> int:
-        """Bytes of the statistics of one row and KV head."""
+    def statistics_nbytes(self, dim: int) -> float:
+        """Bytes of the statistics of one row and KV head, averaged over the heads."""
         return 0
 
     def fit(self, x: mx.array) -> dict[str, mx.array]:

@@ -29,9 +29,7 @@ class _Part:
 
     def of(self, arrays: Planes) -> dict[str, mx.array]:
         """This codec's own arrays."""
-        return {
-            name.removeprefix(self.prefix): array for name, array in arrays.items() if name.startswith(self.prefix)
-        }
+        return {name.removeprefix(self.prefix): array for name, array in arrays.items() if name.startswith(self.prefix)}
 
     def named(self, arrays: Planes) -> dict[str, mx.array]:
         """Inverse of `of`."""
@@ -121,9 +119,8 @@ class PerHead(Codec):
             for plane in part.codec.planes(dim, dtype)
         )
 
-    def statistics_nbytes(self, dim: int) -> int:
-        total = sum(part.codec.statistics_nbytes(dim) * len(part.heads) for part in self.parts)
-        return -(-total // len(self.names))
+    def statistics_nbytes(self, dim: int) -> float:
+        return sum(part.codec.statistics_nbytes(dim) * len(part.heads) for part in self.parts) / len(self.names)
 
     def fit(self, x: mx.array) -> dict[str, mx.array]:
         found: dict[str, mx.array] = {}
