@@ -1,4 +1,4 @@
-"""The example plugin is installed for real and used; two owners of one name are named."""
+"""The example plugin is installed for real and used; two owners of one name are named; the example script runs."""
 
 from __future__ import annotations
 
@@ -78,3 +78,17 @@ def test_a_plugin_that_claims_a_taken_name_is_named(plugin, tmp_path):
     message = run(CLASH, tmp_path)
     assert "'llama'" in message and "mlx-kvq-plugin" in message and "kvq-seed-oss-adapter" in message
     assert "uninstall one" in message and "\n" not in message
+
+
+def test_standalone_example_prints_what_it_promises():
+    command = [sys.executable, ROOT / "examples" / "standalone_codecs.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    codecs, curves, caches = ([line.split() for line in part.splitlines()[1:]] for part in done.stdout.split("\n\n"))
+    errors = {line[0]: float(line[2]) for line in codecs}
+    assert 0.11 < errors["tq2"] == errors["rvq1"] < 0.12 and errors["affine4"] < errors["tq4"] < 0.01
+    assert [line[0] for line in curves] == ["affine", "grouped", "tq"]
+    assert all(3 < float(line[2]) < 7 for line in curves)
+    with_rope, without, exact = ([float(x) for x in line[-3:]] for line in caches)
+    assert with_rope[0] < 0.35 and with_rope[1] < 0.3 * without[1] and with_rope[2] < without[2]
+    assert exact[0] > 1 and exact[1:] == [0.0, 0.0]

@@ -255,9 +255,9 @@ class Codec:
             if {plane.name: plane.width for plane in planes} == dict(widths):
                 found.append(dim)
         if len(found) != 1:
+            which = f"each of {found[0]} to {found[-1]}" if found else "none"
             raise CodecError(
-                f"the widths of {self.name} planes must tell one head size, got {dict(widths)} of {found or 'none'}; "
-                "pass dim="
+                f"the widths of {self.name} planes must tell the head size, got {dict(widths)} of {which}; pass dim="
             )
         return found[0]
 
