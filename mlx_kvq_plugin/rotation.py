@@ -6,7 +6,7 @@ After one the coordinates are nearly Gaussian whatever the input (TurboQuant, ar
 * `hadamard2`, `hadamard3`: two or three rounds of that, each with signs of its own. One round turns a vector with a
   single large channel into entries of equal size, which is not Gaussian; two rounds do not.
 * `dense`: a uniformly random orthogonal matrix (QR of a Gaussian one): O(D^2), and any head size that packs. Its
-  entries agree between platforms to float32 rounding, not to the bit.
+  entries agree between platforms to float32 rounding, not to the bit, and a GPU may multiply by them in TF32.
 """
 
 from __future__ import annotations

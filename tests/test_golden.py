@@ -15,6 +15,8 @@ from mlx_kvq_plugin.errors import CodecError
 BUILT_IN = NAMES[:-1]  # the last one is the suite's own
 DIGESTS = json.loads(make_codecs.PATH.read_text())
 FILES = json.loads(make_codecs.PLANES_PATH.read_text())
+# Of decoded numbers, by the largest. GPUs multiply by the matrices of head sizes like 80 in TF32: 7e-4 on an H100.
+TOLERANCE = 1e-5 if mx.default_device() == mx.cpu else 2e-3
 
 
 def version_of(name: str) -> int | list[int]:
@@ -123,8 +125,7 @@ def test_stored_planes_decode_for_ever_or_are_refused_by_name(stored: dict) -> N
     codec = Codec.from_json(text)
     found = float64(codec.decode(planes, stored["dim"], mx.float32, statistics))
     assert found.shape == wanted.shape
-    # Dense rotations agree between platforms to float32 rounding.
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE * np.abs(wanted).max())
 
 
 @every_current_file
