@@ -549,6 +549,31 @@ def test_weighted_sums_are_sums_of_the_decoded_values(name: str, dim: int, dtype
     assert rms(float64(output) - wanted) < product_error(name, dtype) * rms(wanted)
 
 
+@every_codec
+@both_kinds_of_dim
+def test_products_with_no_tokens_are_empty_and_zero(name: str, dim: int) -> None:
+    codec, x = make(name), tokens(dim, 4)
+    statistics = codec.fit(x)
+    planes = codec.encode(x[:, :, :0], statistics)
+    scores = codec.scores(codec.transform_queries(x, statistics), planes, statistics)
+    assert np.array(scores).shape == (2, 2, 4, 0)
+    output = codec.untransform_output(codec.weighted_sum(scores, planes, dim, statistics), statistics)
+    np.testing.assert_array_equal(np.array(output), np.zeros((2, 2, 4, dim)))
+
+
+@pytest.mark.parametrize("name", [*ROTATED, *TURNED])
+def test_scores_of_large_keys_do_not_overflow_in_half_precision(name: str) -> None:
+    """Keys of norms far beyond float16's largest number, products in float16 as on a GPU."""
+    codec, queries = get_codec(name), tokens(64, 3, "float16", seed=2)
+    x = mx.array(np.sign(float64(tokens(64, 9))) * 60_000).astype(mx.float16)
+    statistics = codec.fit(x)
+    planes = codec.encode(x, statistics)
+    scores = float64(codec.scores(codec.transform_queries(queries, statistics), planes, statistics))
+    wanted = float64(queries) @ decode_by_text(name, planes, 64, statistics).swapaxes(-1, -2)
+    assert np.max(np.abs(wanted)) > 1e6
+    assert rms(scores - wanted) < 0.002 * rms(wanted)
+
+
 @pytest.mark.parametrize("name", ["rvq1", "tqprod3"])
 def test_compiled_and_plain_arithmetic_give_the_same_bytes_and_scores(name: str) -> None:
     codec, x = get_codec(name), tokens(64, 16)

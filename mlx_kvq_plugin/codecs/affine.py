@@ -46,9 +46,9 @@ def _simulated(bits: int, size: int, padding: int, dim: int) -> float:
     return float(dim * np.mean((stored - x) ** 2))
 
 
-def _quantized_matmul_runs() -> bool:
-    """MLX's CUDA build has no kernel for these shapes; CPU and Metal have."""
-    return not (mx.default_device() == mx.gpu and mx.cuda.is_available())
+def _quantized_matmul_runs(planes: Planes) -> bool:
+    """MLX's CUDA build has no kernel for these shapes; CPU and Metal have, but divide by zero without tokens."""
+    return planes["codes"].shape[2] > 0 and not (mx.default_device() == mx.gpu and mx.cuda.is_available())
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,13 @@ class Affine(Codec):
         )
 
     def scores(self, queries: mx.array, planes: Planes, statistics: Statistics = NO_STATISTICS) -> mx.array:
-        if not _quantized_matmul_runs():
+        if not _quantized_matmul_runs(planes):
             return super().scores(queries, planes, statistics)
         return self._matmul(_pad(queries), planes, queries.shape[-1], transpose=True)
 
     def weighted_sum(
         self, weights: mx.array, planes: Planes, dim: int, statistics: Statistics = NO_STATISTICS
     ) -> mx.array:
-        if not _quantized_matmul_runs():
+        if not _quantized_matmul_runs(planes):
             return super().weighted_sum(weights, planes, dim, statistics)
         return self._matmul(weights, planes, dim, transpose=False)[..., :dim]

@@ -143,7 +143,8 @@ class Polar(Codec):
         return rotate(queries, self.seed, self.rotation)
 
     def scores(self, queries: mx.array, planes: Planes, statistics: Statistics = NO_STATISTICS) -> mx.array:
-        return queries @ self._rotated(planes, queries.shape[-1]).astype(queries.dtype).swapaxes(-1, -2)
+        keys = self._rotated(planes, queries.shape[-1])
+        return queries.astype(mx.float32) @ keys.swapaxes(-1, -2)  # in half precision large keys overflow
 
     def weighted_sum(
         self, weights: mx.array, planes: Planes, dim: int, statistics: Statistics = NO_STATISTICS
