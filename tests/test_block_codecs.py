@@ -272,8 +272,7 @@ def test_grouped_has_the_error_of_its_definition(bits: int, dim: int) -> None:
 
 
 def half(x: mx.array) -> mx.array:
-    """Rounded to float16, so that extremes can be stored exactly."""
-    return x.astype(mx.float16).astype(mx.float32)
+    return x.astype(mx.float16).astype(mx.float32)  # extremes can then be stored exactly
 
 
 @kivi_bits
