@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, CacheList, _BaseCache, create_attention_mask
 
 from .cache_state import meta_of, pad_tokens, restore, state_of
-from .codecs import Codec, get_codec
+from .codecs import Codec
 from .config import LayerSpec
 from .errors import CacheStateError
 from .frame import MIN_TOKENS, SKIP_TOKENS, KeyFrame, fit_frame, query_energy
@@ -100,12 +100,12 @@ class KVQCache(_BaseCache):
     @property
     def key_codec(self) -> Codec:
         """The codec of keys."""
-        return get_codec(self.spec.key, self.spec.seed, self.spec.rotation)
+        return self.spec.key_codec
 
     @property
     def value_codec(self) -> Codec:
         """The codec of values."""
-        return get_codec(self.spec.value, self.spec.seed, self.spec.rotation)
+        return self.spec.value_codec
 
     @property
     def exact(self) -> bool:

@@ -6,12 +6,15 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from .allocation import GRADIENT, SENSITIVITIES, Budget
-from .codecs import Codec, get_codec
+from .allocation import GRADIENT, KEY, SENSITIVITIES, VALUE, Budget
+from .codecs import LEAST_SQUARES, NORM, UNBIASED, Codec, get_codec
 from .errors import CodecError, PluginError, SchemeError
 from .rotation import HADAMARD, ROTATIONS
 
 COMPRESS_AFTER = ("chunk", "prefill")
+MATCHED = "matched"
+CONFIG_SCALINGS = (MATCHED, LEAST_SQUARES)
+SIDE_SCALING = {KEY: NORM, VALUE: UNBIASED}  # of `matched`: what each side's scales make right (scalar.quantize)
 FP16 = "fp16"
 
 
@@ -38,6 +41,8 @@ class KVQConfig:
         rotation: of codecs that rotate, one of `rotation.ROTATIONS`.
         calibration: the file for average bits; "" looks for one next to the model.
         sensitivity: what average bits are allocated by, one of `allocation.SENSITIVITIES`.
+        scaling: of `tq` and `rvq` codecs. `matched`: scales keep the norms of keys and leave values unbiased;
+            `least_squares`: they make the squared error least, which shrinks both.
     """
 
     key: str = "tq4"
@@ -51,10 +56,13 @@ class KVQConfig:
     rotation: str = HADAMARD
     calibration: str = ""
     sensitivity: str = GRADIENT
+    scaling: str = MATCHED
 
     def __post_init__(self) -> None:
         if self.rotation not in ROTATIONS:
             raise SchemeError(f"rotation must be one of {', '.join(ROTATIONS)}, got {self.rotation!r}")
+        if self.scaling not in CONFIG_SCALINGS:
+            raise SchemeError(f"scaling must be one of {', '.join(CONFIG_SCALINGS)}, got {self.scaling!r}")
         for side in ("key", "value"):
             name = getattr(self, side)
             if not isinstance(name, str):
@@ -120,6 +128,7 @@ class KVQConfig:
             compress_after=self.compress_after,
             seed=self.seed,
             rotation=self.rotation,
+            scaling=self.scaling,
         )
 
 
@@ -135,6 +144,21 @@ class LayerSpec:
     compress_after: str = "chunk"
     seed: int = 0
     rotation: str = HADAMARD
+    scaling: str = MATCHED
+
+    @property
+    def key_codec(self) -> Codec:
+        """The codec of keys; raises `CodecError`."""
+        return self._codec(self.key, KEY)
+
+    @property
+    def value_codec(self) -> Codec:
+        """The codec of values; raises `CodecError`."""
+        return self._codec(self.value, VALUE)
+
+    def _codec(self, name: str, side: str) -> Codec:
+        scaling = SIDE_SCALING[side] if self.scaling == MATCHED else self.scaling
+        return get_codec(name, self.seed, self.rotation, scaling)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

@@ -14,7 +14,6 @@ from mlx_lm.models import cache as mlx_cache
 from .adapters import FULL, GENERIC, REFUSED, SLIDING, Adapter, LayerGeometry, load_adapter, model_type_of
 from .allocation import KEY, VALUE, Allocation
 from .cache import KVQCache
-from .codecs import get_codec
 from .config import KVQConfig, LayerSpec
 from .errors import UnsupportedModelError
 from .rotary import Rotary, read_rotary
@@ -116,10 +115,8 @@ def _plan_layer(
     if edge:
         return stays(f"edge layer (edges={config.edges})")
     spec = config.layer_spec(*(_allocated(config, allocation, side, index) for side in (KEY, VALUE)))
-    for name, dim in ((spec.key, layer.key_dim), (spec.value, layer.value_dim)):
-        get_codec(name, spec.seed, spec.rotation).planes(
-            dim, "float16"
-        )  # raises CodecError for a head size it cannot do
+    for codec, dim in ((spec.key_codec, layer.key_dim), (spec.value_codec, layer.value_dim)):
+        codec.planes(dim, "float16")  # raises CodecError for a head size it cannot do
     if layer.kind == SLIDING:
         if cache.keep:
             return stays(f"a rotating cache that keeps {cache.keep} first tokens is not packed")
@@ -312,10 +309,10 @@ def _allocation(model: Any, config: KVQConfig, adapter: Adapter, source: str) ->
     """The allocation of a scheme with average bits over the layers that it compresses."""
     if not any(config.budgets):
         return None
-    from .calibration import calibration_for
+    from .calibration_files import calibration_for
 
     layers = [plan.index for plan in plan_layers(model, config, adapter) if plan.spec is not None]
-    return calibration_for(model, config, source).allocate(config, layers)
+    return calibration_for(model, config, source).allocate(config, layers) if layers else None
 
 
 def _check_generic(model: Any) -> None:

@@ -3,7 +3,8 @@
 Grammar: comma-separated parts; a part without `=` names the codec of both sides, or a codec for keys whose `partner`
 stores the values, or a named scheme; `k=` and `v=` name one side each; `outliers=N` gives `tq` codecs outlier channels;
 the rest set fields of `KVQConfig`: `frame=on|off`, `edges=N`, `sinks=N`, `recent=N`, `compress_after=chunk|prefill`,
-`seed=N`, `rotation=NAME`, `calibration=FILE`, `sensitivity=gradient|activation`. Every part at most once.
+`seed=N`, `rotation=NAME`, `calibration=FILE`, `sensitivity=gradient|activation`, `scaling=matched|least_squares`. Every
+part at most once.
 
 Named schemes are found through entry points, group `mlx_kvq_plugin.schemes`: mappings from names to scheme strings.
 Parts beside a named scheme win over its own: `turbo4v2,v=tq3` is `k=grouped4,v=tq3`.
@@ -23,7 +24,7 @@ from .errors import CodecError, PluginError, SchemeError
 from .plugins import load_plugin, plugin_names
 
 GROUP = "mlx_kvq_plugin.schemes"
-_TEXTS = ("compress_after", "rotation", "calibration", "sensitivity")
+_TEXTS = ("compress_after", "rotation", "calibration", "sensitivity", "scaling")
 _INTS = ("edges", "sinks", "recent", "seed")
 _BOTH = "codec="  # no name before a "=" holds one
 _EXAMPLE = 'write for example "tq4", "rvq1,edges=2,recent=64" or "k=tq4,v=tq2"'
@@ -126,7 +127,7 @@ def format_scheme(config: KVQConfig) -> str:
     default = KVQConfig(key=config.key, value=config.value)
     if config.frame != default.frame:
         parts.append("frame=on" if config.frame else "frame=off")
-    for name in ("edges", "sinks", "recent", "compress_after", "seed", "rotation", "calibration", "sensitivity"):
+    for name in ("edges", "sinks", "recent", "compress_after", "seed", *_TEXTS[1:]):
         if getattr(config, name) != getattr(default, name):
             parts.append(f"{name}={getattr(config, name)}")
     return ",".join(parts)

@@ -14,7 +14,7 @@ from .allocation import DistortionCurve, whole_bits
 from .arrays import from_numpy, plain_tokens, to_numpy
 from .attention import AttendArgs, Mask, attend
 from .cache import KVQCache
-from .codecs import get_codec
+from .codecs import LEAST_SQUARES, get_codec
 from .config import KVQConfig
 from .errors import AttentionError, CodecError, SchemeError
 from .rotary import read_rotary
@@ -24,7 +24,13 @@ from .sliding import SlidingKVQCache, smallest_window
 
 
 def fit_distortion_curve(
-    family: str, x: Any, *, bits: Sequence[int] = (), seed: int = 0, rotation: str = HADAMARD
+    family: str,
+    x: Any,
+    *,
+    bits: Sequence[int] = (),
+    seed: int = 0,
+    rotation: str = HADAMARD,
+    scaling: str = LEAST_SQUARES,
 ) -> DistortionCurve:
     """Relative squared error of a codec family on data, by its bits, and the fit `alpha * beta ** -bits`.
 
@@ -33,7 +39,7 @@ def fit_distortion_curve(
         x: tokens `(L, D)`, `(Hkv, L, D)` or `(B, Hkv, L, D)`, MLX or NumPy, or a list of such arrays; the errors are
             averaged over all heads.
         bits: suffixes of the family; all whole ones without any.
-        seed, rotation: as for `get_codec`.
+        seed, rotation, scaling: as for `get_codec`.
 
     Returns:
         A `DistortionCurve` (arXiv 2605.06675, equation 2; its fit starts at 2 bits).
@@ -42,7 +48,7 @@ def fit_distortion_curve(
     arrays = [plain_tokens(array).astype(mx.float32) for array in _listed(x)]
     means = []
     for rate in rates:
-        codec = get_codec(f"{family}{rate}", seed, rotation)
+        codec = get_codec(f"{family}{rate}", seed, rotation, scaling)
         errors = []
         for tokens in arrays:
             statistics = codec.fit(tokens)
@@ -120,8 +126,8 @@ class CompressedKV:
 
     def _empty(self, key_dim: int, value_dim: int) -> KVQCache:
         spec = self.config.layer_spec()
-        for name, dim in ((spec.key, key_dim), (spec.value, value_dim)):
-            get_codec(name, spec.seed, spec.rotation).planes(dim, "float16")  # CodecError for a head size it cannot do
+        for codec, dim in ((spec.key_codec, key_dim), (spec.value_codec, value_dim)):
+            codec.planes(dim, "float16")  # CodecError for a head size it cannot do
         rotary, reason = read_rotary(self._rope, key_dim)
         if rotary is None:
             raise CodecError(

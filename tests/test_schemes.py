@@ -50,6 +50,7 @@ configs = st.builds(
         st.text(st.characters(exclude_characters=","), max_size=12).map(str.strip),
     ),
     sensitivity=st.sampled_from(["gradient", "activation"]),
+    scaling=st.sampled_from(["matched", "least_squares"]),
 )
 
 
@@ -97,6 +98,8 @@ def plain_arithmetic():
         ("k=tq@2,v=tq@3.25", KVQConfig("tq@2", "tq@3.25")),
         ("tq@2.5,sensitivity=activation", KVQConfig("tq@2.5", "tq@2.5", sensitivity="activation")),
         ("tq@2.5,sensitivity=gradient", KVQConfig("tq@2.5", "tq@2.5")),
+        ("tq4,scaling=least_squares", KVQConfig(scaling="least_squares")),
+        ("tq4,scaling=matched", KVQConfig()),
         (
             "k=tq@2.5,v=tq4,calibration=/data/a=b/run 3.safetensors",
             KVQConfig("tq@2.5", "tq4", calibration="/data/a=b/run 3.safetensors"),
@@ -172,7 +175,7 @@ INTEGER = "in a scheme must be a non-negative integer, got "
 VALUE = "every part of a scheme must have a value, got "
 PARTS = (
     "parts of a scheme must be a codec or one of ('k', 'v', 'outliers', 'frame', 'compress_after', 'rotation', "
-    "'calibration', 'sensitivity', 'edges', 'sinks', 'recent', 'seed'), got "
+    "'calibration', 'sensitivity', 'scaling', 'edges', 'sinks', 'recent', 'seed'), got "
 )
 VALUES_BY = "values must be stored by a codec that can do them, got "
 OUTLIERS = "outliers must be asked for with tq1 to tq6, got "
@@ -218,6 +221,7 @@ WRONG_SCHEMES: list[tuple[Any, str]] = [
     ("tq4,rotation=", VALUE + "'rotation='"),
     ("tq4,rotation=dense,rotation=dense", "every part of a scheme must be given once, got rotation twice in "),
     ("tq@2.5,sensitivity=weights", "sensitivity must be one of gradient, activation, got 'weights'"),
+    ("tq4,scaling=norm", "scaling must be one of matched, least_squares, got 'norm'"),
     ("tq@2.5,calibration=", VALUE + "'calibration='"),
     ("tq@9", "average bits of tq must be in 1 to 6, got 9"),
     ("tq@0.9", "average bits of tq must be in 1 to 6, got 0.9"),
@@ -317,7 +321,8 @@ def test_json_gives_the_config_back(config: KVQConfig) -> None:
 
 
 def test_json_has_every_field_and_missing_ones_are_defaults() -> None:
-    assert json.loads(KVQConfig("tq3", "rvq1", False, 1, 2, 3, "prefill", 5, "dense", "c", "activation").to_json()) == {
+    config = KVQConfig("tq3", "rvq1", False, 1, 2, 3, "prefill", 5, "dense", "c", "activation", "least_squares")
+    assert json.loads(config.to_json()) == {
         "key": "tq3",
         "value": "rvq1",
         "frame": False,
@@ -329,6 +334,7 @@ def test_json_has_every_field_and_missing_ones_are_defaults() -> None:
         "rotation": "dense",
         "calibration": "c",
         "sensitivity": "activation",
+        "scaling": "least_squares",
     }
     assert KVQConfig.from_json('{"edges": 2}') == KVQConfig(edges=2)
     assert KVQConfig.from_json(json.dumps({"key": "tq3", "value": "tq3", "seed": 1})) == KVQConfig("tq3", "tq3", seed=1)
@@ -359,7 +365,7 @@ def test_fp16_on_one_side_is_identity_and_on_both_leaves_layers_alone() -> None:
 
 
 def test_layer_specs_carry_every_setting_of_a_layer() -> None:
-    config = KVQConfig("tq3", "rvq1", False, 1, 2, 3, "prefill", 5, "dense", "c", "activation")
+    config = KVQConfig("tq3", "rvq1", False, 1, 2, 3, "prefill", 5, "dense", "c", "activation", "least_squares")
     spec = config.layer_spec()
     assert spec.to_dict() == {
         "key": "tq3",
@@ -370,6 +376,7 @@ def test_layer_specs_carry_every_setting_of_a_layer() -> None:
         "compress_after": "prefill",
         "seed": 5,
         "rotation": "dense",
+        "scaling": "least_squares",
     }
     assert config.layer_spec("tq2+tq4", "tq1").label == "k=tq2+tq4,v=tq1"
     assert spec.label == "k=tq3,v=rvq1"

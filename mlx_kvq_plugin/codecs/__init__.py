@@ -26,6 +26,9 @@ Planes = Mapping[str, mx.array]
 Statistics = Mapping[str, mx.array]
 NO_STATISTICS: Statistics = {}
 
+LEAST_SQUARES, NORM, UNBIASED = "least_squares", "norm", "unbiased"
+SCALINGS = (LEAST_SQUARES, NORM, UNBIASED)
+
 
 @dataclass(frozen=True)
 class Plane:
@@ -101,6 +104,7 @@ class Codec:
 
     seed: int = 0
     rotation: str = HADAMARD  # of codecs that rotate (rotation.py)
+    scaling: str = LEAST_SQUARES  # of codecs with one scale a token: what the scale makes right (scalar.py)
 
     @classmethod
     def accepts(cls, suffix: str) -> bool:
@@ -132,9 +136,10 @@ class Codec:
         return self.name
 
     def to_json(self) -> str:
-        """The config as JSON: name, seed, rotation if it is not the default, and byte version."""
+        """The config as JSON: name, seed, byte version, and rotation and scaling where they are not the defaults."""
         config = {"name": self.name, "seed": self.seed, "version": self._byte_version()}
-        return json.dumps(config if self.rotation == HADAMARD else {**config, "rotation": self.rotation})
+        choices = {"rotation": (self.rotation, HADAMARD), "scaling": (self.scaling, LEAST_SQUARES)}
+        return json.dumps({**config, **{key: own for key, (own, default) in choices.items() if own != default}})
 
     def _byte_version(self) -> int | list[int]:
         return self.version
@@ -143,7 +148,12 @@ class Codec:
     def from_json(text: str) -> Codec:
         """Inverse of `to_json`; raises `CodecError` when the installed codec writes other bytes."""
         config = json.loads(text)
-        codec = get_codec(config["name"], config["seed"], config.get("rotation", HADAMARD))
+        codec = get_codec(
+            config["name"],
+            config["seed"],
+            config.get("rotation", HADAMARD),
+            config.get("scaling", LEAST_SQUARES),
+        )
         if codec._byte_version() != config["version"]:
             raise CodecError(
                 f"codec {codec.name} must have byte version {config['version']} to read this data, "
@@ -295,23 +305,26 @@ def list_codecs() -> list[str]:
 
 
 @cache
-def get_codec(name: str, seed: int = 0, rotation: str = HADAMARD) -> Codec:
+def get_codec(name: str, seed: int = 0, rotation: str = HADAMARD, scaling: str = LEAST_SQUARES) -> Codec:
     """The codec called `name`: `tq4`, `rvq1`, `affine8`, ...; `tq3+tq2` has one codec for each KV head.
 
     Args:
         name: a family and a suffix, or several such names with `+` between them.
         seed: of the rotations' signs.
         rotation: one of `rotation.ROTATIONS`; of no consequence for codecs that do not rotate.
+        scaling: one of `SCALINGS`; of no consequence for codecs other than `tq` and `rvq`, nor for decoding.
 
     Raises:
         CodecError: for unknown names.
     """
     if rotation not in ROTATIONS:
         raise CodecError(f"a rotation must be one of {', '.join(ROTATIONS)}, got {rotation!r}; choose one of these")
+    if scaling not in SCALINGS:
+        raise CodecError(f"a scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}; choose one of these")
     if "+" in name:
         from .per_head import PerHead
 
-        return PerHead(seed, rotation, tuple(name.split("+")))
+        return PerHead(seed=seed, rotation=rotation, scaling=scaling, names=tuple(name.split("+")))
     families = sorted((f for f in list_codecs() if name.startswith(f)), key=len, reverse=True)
     if not families:
         raise CodecError(f"a codec name must start with one of {', '.join(list_codecs())}, got {name!r}")
@@ -321,7 +334,7 @@ def get_codec(name: str, seed: int = 0, rotation: str = HADAMARD) -> Codec:
         raise CodecError(f"codec {name} must have one owner, got the families {' and '.join(owners)}; uninstall one")
     prefix = (owners or families)[0]
     codec = kinds[prefix].from_suffix(name[len(prefix) :], seed)
-    return codec if rotation == HADAMARD else replace(codec, rotation=rotation)
+    return replace(codec, rotation=rotation, scaling=scaling)
 
 
 def _load_family(prefix: str) -> type[Codec]:

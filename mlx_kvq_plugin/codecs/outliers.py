@@ -19,7 +19,7 @@ from ..arrays import plain_tokens
 from ..errors import CodecError
 from ..rotation import DENSE, has_hadamard
 from . import NO_STATISTICS, Codec, Plane, Planes, Published, Statistics
-from .scalar import scaled_band
+from .scalar import SHRINKAGE, scaled_band
 from .turboquant import PAPER, TurboQuant, mse_bound
 
 _OUTLIER = "outlier_"
@@ -32,7 +32,6 @@ class OutlierTurboQuant(Codec):
 
     family: ClassVar[str] = "tq"
     fitted: ClassVar[bool] = True
-    shrinkage: ClassVar[float | None] = TurboQuant.shrinkage
 
     bits: int = 2
     count: int = 0
@@ -55,6 +54,10 @@ class OutlierTurboQuant(Codec):
         plain = self.outlier_bits == min(6, self.bits + 1)
         return f"tq{self.bits}o{self.count}" + ("" if plain else f"x{self.outlier_bits}")
 
+    @property
+    def shrinkage(self) -> float | None:  # type: ignore[override]
+        return SHRINKAGE[self.scaling]
+
     def outliers(self, dim: int) -> int:
         """Outlier channels at head size `dim`; raises `CodecError` if it cannot be split so."""
         count = self.count or dim // 2
@@ -72,8 +75,8 @@ class OutlierTurboQuant(Codec):
 
     def _parts(self) -> tuple[TurboQuant, TurboQuant]:
         """The codecs of outlier channels and of the others; unequal seeds where both may have one size."""
-        common = TurboQuant(self.seed, self.rotation, self.bits)
-        return TurboQuant(self.seed + 1, self.rotation, self.outlier_bits), common
+        big = TurboQuant(self.seed + 1, self.rotation, self.scaling, self.outlier_bits)
+        return big, TurboQuant(self.seed, self.rotation, self.scaling, self.bits)
 
     def planes(self, dim: int, dtype: str) -> tuple[Plane, ...]:
         count = self.outliers(dim)

@@ -44,7 +44,9 @@ class PerHead(Codec):
 
     def __post_init__(self) -> None:
         for name in self.names:
-            get_codec(name, self.seed, self.rotation)  # unknown names are refused here, not when tokens are encoded
+            get_codec(
+                name, self.seed, self.rotation, self.scaling
+            )  # unknown names are refused here, not when tokens are encoded
 
     @property
     def name(self) -> str:
@@ -59,7 +61,7 @@ class PerHead(Codec):
         """Distinct codecs in the order of their first heads."""
         return tuple(
             _Part(
-                get_codec(name, self.seed, self.rotation),
+                get_codec(name, self.seed, self.rotation, self.scaling),
                 tuple(head for head, other in enumerate(self.names) if other == name),
             )
             for name in dict.fromkeys(self.names)

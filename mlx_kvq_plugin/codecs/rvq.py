@@ -56,7 +56,7 @@ class RVQ(TurboQuant):
         return Plane("stage1", "uint8", width), Plane("stage2", "uint8", width), Plane("scale", SCALE_DTYPE, 1)
 
     def _encode(self, x: mx.array, statistics: Statistics) -> dict[str, mx.array]:
-        codes, scale = quantize(rotate(x.astype(mx.float32), self.seed, self.rotation), sum(self.stages))
+        codes, scale = quantize(rotate(x.astype(mx.float32), self.seed, self.rotation), sum(self.stages), self.scaling)
         return {
             "stage1": pack(codes >> self.bits, self.bits),
             "stage2": pack(codes & (2**self.bits - 1), self.bits),

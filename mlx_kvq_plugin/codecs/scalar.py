@@ -17,6 +17,9 @@ import numpy.typing as npt
 from ..codebooks import odd_codebook
 from ..packing import slot_codes, slot_sources, slot_width
 from ..sphere import scaled_mse
+from . import LEAST_SQUARES, NORM, UNBIASED
+
+SHRINKAGE = {LEAST_SQUARES: 1.0, NORM: 0.5, UNBIASED: 0.0}  # `Codec.shrinkage` by scaling
 
 SCALE_DTYPE = "bfloat16"  # float32's range in two bytes; its rounding is below the distortion at every rate
 
@@ -57,18 +60,29 @@ def _quantizer(bits: int) -> Callable[[mx.array], list[mx.array]]:
     return mx.compile(quantize, shapeless=True)
 
 
-def quantize(y: mx.array, bits: int) -> tuple[mx.array, mx.array]:
+def quantize(y: mx.array, bits: int, scaling: str = LEAST_SQUARES) -> tuple[mx.array, mx.array]:
     """Quantize rotated tokens `(..., D)` float32.
 
+    Args:
+        scaling: what the factor from codebook levels c to y makes right. `least_squares`, <y, c> / |c|^2: the error is
+            least, but shrinks what is decoded, by the mean squared error on average. `norm`, |y| / |c|: the norm is
+            kept; the right size for keys, since the softmax raises what noise in the scores adds. `unbiased`,
+            |y|^2 / <y, c>: <y, y^> is |y|^2, so that errors of values average out over tokens instead of adding up.
+
     Returns:
-        Sorted codes `(..., D)` uint8 and the scale `(..., 1)` of `SCALE_DTYPE`: the least-squares factor from
-        codebook levels to `y`, which corrects the norm for the reconstruction (0 for a zero token).
+        Sorted codes `(..., D)` uint8 and the scale `(..., 1)` of `SCALE_DTYPE`, 0 for a zero token.
     """
     dim = y.shape[-1]
     energy = mx.sum(y * y, axis=-1, keepdims=True)
     z = y * (mx.rsqrt(mx.maximum(energy, 1e-37)) * dim**0.5)
     codes, levels = _quantizer(bits)(z)
-    scale = mx.sum(y * levels, axis=-1, keepdims=True) / mx.sum(levels * levels, axis=-1, keepdims=True)
+    product, size = mx.sum(y * levels, axis=-1, keepdims=True), mx.sum(levels * levels, axis=-1, keepdims=True)
+    if scaling == LEAST_SQUARES:
+        scale = product / size
+    elif scaling == NORM:
+        scale = mx.sqrt(energy / size)
+    else:
+        scale = energy / mx.maximum(product, 1e-37)
     return codes, scale.astype(getattr(mx, SCALE_DTYPE))
 
 

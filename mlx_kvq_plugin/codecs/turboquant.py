@@ -2,7 +2,8 @@
 
 Differences from the paper: the rotation is a seeded randomized Hadamard transform, not a dense orthogonal matrix;
 the codebook is Lloyd-Max for N(0, 1) (its odd-polynomial form, codebooks.py), not for the exact sphere marginal; and
-the stored number per token is not the norm but the least-squares scale of the reconstruction.
+the stored number per token is not the norm but a scale of the reconstruction: the least-squares one, or in caches one
+that keeps the norm of keys and one that leaves values unbiased (scalar.quantize).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import mlx.core as mx
 from ..packing import pack, packed_width, unpack
 from ..rotation import check_dim, rotate, unrotate
 from . import NO_STATISTICS, Codec, Plane, Planes, Published, Statistics
-from .scalar import SCALE_DTYPE, dequantize, quantize, scaled_band, slot_levels, slot_scores, slot_sum
+from .scalar import SCALE_DTYPE, SHRINKAGE, dequantize, quantize, scaled_band, slot_levels, slot_scores, slot_sum
 
 PAPER = "TurboQuant, arXiv 2504.19874"
 _REPORTED = {1: 0.36, 2: 0.117, 3: 0.03, 4: 0.009}  # theorem 1, by bits
@@ -41,7 +42,6 @@ class TurboQuant(Codec):
 
     family: ClassVar[str] = "tq"
     suffixes: ClassVar[tuple[str, ...]] = ("1", "2", "3", "4", "5", "6", "2.5", "3.5")
-    shrinkage: ClassVar[float | None] = 1.0  # the scale is the least-squares one
 
     bits: int = 4
 
@@ -60,6 +60,10 @@ class TurboQuant(Codec):
     @property
     def name(self) -> str:
         return f"{self.family}{self.bits}"
+
+    @property
+    def shrinkage(self) -> float | None:  # type: ignore[override]
+        return SHRINKAGE[self.scaling]
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -81,7 +85,7 @@ class TurboQuant(Codec):
         return Plane("codes", "uint8", packed_width(dim, self.bits)), Plane("scale", SCALE_DTYPE, 1)
 
     def _encode(self, x: mx.array, statistics: Statistics) -> dict[str, mx.array]:
-        codes, scale = quantize(rotate(x.astype(mx.float32), self.seed, self.rotation), sum(self.stages))
+        codes, scale = quantize(rotate(x.astype(mx.float32), self.seed, self.rotation), sum(self.stages), self.scaling)
         return {"codes": pack(codes, self.bits), "scale": scale}
 
     def codes(self, planes: Planes, dim: int) -> mx.array:
