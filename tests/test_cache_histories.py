@@ -1,5 +1,8 @@
 """Random histories: the same operations on our caches with lossless codecs and on mlx-lm's, equal after each.
 
+With lossy codecs there is nothing of mlx-lm's to compare with: there, tokens and attention are watched
+(watched_caches.py).
+
 `KVQ_HISTORIES` is the number of histories per machine; the default is a small part, the same on every run.
 `KVQ_HISTORIES=2000 pytest tests/test_cache_histories.py` is the full check.
 """
@@ -18,6 +21,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from mlx.utils import tree_map
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, RotatingKVCache
+from watched_caches import Watched, attend_together, layer_spec
+from watched_caches import restored as restored_bits
 
 from mlx_kvq_plugin.cache import STEP_TOKENS, KVQCache
 from mlx_kvq_plugin.config import LayerSpec
@@ -359,10 +364,90 @@ class SlidingBatchHistory(BatchHistory):
     SLIDING: ClassVar[bool] = True
 
 
+class WatchedHistory(RuleBasedStateMachine):
+    """Lossy codecs of every kind: groups of tokens, statistics, one codec a head, keys only, groups of channels."""
+
+    @initialize(
+        seed=st.integers(0, 2**16),
+        scheme=st.sampled_from(["kivi2", "kivi4", "tq2.5", "tq3+tq2", "kivi2+tq4o16", "qjl1", "tqprod3", "turbo0v4"]),
+        frame=st.booleans(),
+        sinks=st.sampled_from([0, 4]),
+        recent=st.sampled_from([0, 16]),
+        compress_after=st.sampled_from(["chunk", "chunk", "prefill"]),
+        window=st.sampled_from([None, None, 144]),
+        shared=st.booleans(),
+    )
+    def start(self, seed: int, scheme: str, window: int | None, shared: bool, **changes: Any) -> None:
+        self.watched = Watched(layer_spec(scheme).with_(**changes), window, seed)
+        self.watched.cache.shared = shared
+        self.kept: list[Watched] = []
+
+    @property
+    def trimmable(self) -> bool:
+        return self.watched.cache.held == self.watched.cache.offset
+
+    @rule(count=st.integers(1, 40))
+    def steps(self, count: int) -> None:
+        self.watched.steps(count)
+
+    @rule(L=st.sampled_from([17, 32, 60, 150]))
+    def chunk(self, L: int) -> None:
+        self.watched.append(L)
+
+    @rule(L=st.integers(2, STEP_TOKENS), part=st.floats(0, 1))
+    def verify(self, L: int, part: float) -> None:
+        self.watched.verify(L, int(part * (L - 1)))
+
+    @precondition(lambda self: self.trimmable)
+    @rule(n=st.integers(0, 100))
+    def trim(self, n: int) -> None:
+        self.watched.trim(n)
+
+    @precondition(lambda self: self.trimmable)
+    @rule(part=st.floats(0, 1))
+    def trim_a_part(self, part: float) -> None:
+        self.watched.trim(int(part * self.watched.total))
+
+    @rule()
+    def copy_and_go_on(self) -> None:
+        self.kept.append(self.watched)
+        self.watched = self.watched.copied()
+
+    @rule()
+    def save_and_restore(self) -> None:
+        self.watched.cache = restored_bits(self.watched.cache)
+
+    @precondition(lambda self: self.watched.total)
+    @rule(length=st.integers(1, 100), count=st.integers(1, 20))
+    def in_a_batch(self, length: int, count: int) -> None:
+        """With another sequence, which leaves earlier."""
+        self.kept.append(self.watched)
+        self.watched, other = self.watched.copied(), Watched(self.watched.cache.spec, self.watched.window, length)
+        other.append(length)
+        members = [other, self.watched]
+        batch = other.cache.merge([member.cache for member in members])
+        attend_together(batch, members, count)
+        other.cache = batch.extract(0)
+        other.check()
+        batch.filter([1])
+        attend_together(batch, members[1:], 1 + count // 2)
+        self.watched.cache = batch.extract(0)
+
+    @invariant()
+    def tokens_are_what_they_were(self) -> None:
+        if hasattr(self, "watched"):
+            self.watched.check()
+
+    def teardown(self) -> None:
+        for watched in getattr(self, "kept", []):
+            watched.check()
+
+
+TestWatchedHistory = WatchedHistory.TestCase
 TestHistory = History.TestCase
 TestSlidingHistory = SlidingHistory.TestCase
 TestBatchHistory = BatchHistory.TestCase
 TestSlidingBatchHistory = SlidingBatchHistory.TestCase
-for _case in (TestHistory, TestSlidingHistory, TestBatchHistory, TestSlidingBatchHistory):
+for _case in (TestWatchedHistory, TestHistory, TestSlidingHistory, TestBatchHistory, TestSlidingBatchHistory):
     _case.settings = SETTINGS
 del _case  # or pytest collects it once more

@@ -1,0 +1,443 @@
+"""Caches whose codecs encode groups of tokens, need statistics, differ by head, or store keys only.
+
+Tokens and attention are watched (watched_caches.py); random histories are in test_cache_histories.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny_models
+from watched_caches import (
+    KV_HEADS,
+    D,
+    Watched,
+    arrays_of,
+    attend_together,
+    layer_spec,
+    prompt_together,
+    restored,
+)
+
+import mlx_kvq_plugin as kvq
+from mlx_kvq_plugin.cache import BLOCK, KVQCache
+from mlx_kvq_plugin.frame import MIN_TOKENS, SKIP_TOKENS
+from mlx_kvq_plugin.sliding import smallest_window
+
+GROUP = 32  # of kivi
+WINDOW = 150  # no multiple of a group
+KIVI = ("kivi2", "kivi4", "kivi2+tq2.5")
+SOME = ("kivi2", "kivi2+tq2.5", "tq2.5", "tq3+tq2")
+SCHEMES = (*KIVI, "tq2.5", "tq4o16", "tq3+tq2", "qjl1", "tqprod3", "polar4", "grouped4", "turbo0v4")
+FITTED = ("tq2.5", "tq4o16", "tq4+tq2.5")
+
+
+def watched(scheme: str, window: int | None = None, seed: int = 0, **changes: Any) -> Watched:
+    return Watched(layer_spec(scheme).with_(**changes), window, seed)
+
+
+def filled(scheme: str, tokens: int = 200, window: int | None = None, seed: int = 0, **changes: Any) -> Watched:
+    """A prompt but for the last tokens, which come singly."""
+    found = watched(scheme, window, seed, **changes)
+    found.append(tokens - 20)
+    found.steps(20)
+    found.check()
+    return found
+
+
+def go_on(one: Watched, *others: Watched) -> None:
+    """The same tokens for all, in calls of all kinds: they must stay equal, bit for bit."""
+    for L in (1, 5, 40, *[1] * 10, 16, 70, 1):
+        qkv = one.new_tokens(L)
+        outputs = [each.attend(qkv) for each in (one, *others)]
+        for each, output in zip(others, outputs[1:], strict=True):
+            np.testing.assert_array_equal(output, outputs[0])
+            each.rng = copy.deepcopy(one.rng)
+    for each in (one, *others):
+        each.check()
+        assert each.cache.nbytes == one.cache.nbytes
+        assert each.cache.packed_tokens == one.cache.packed_tokens > 0
+        for found, expected in zip(each.cache.decode_all(), one.cache.decode_all(), strict=True):
+            assert mx.array_equal(found, expected)
+
+
+def shared_rows(cache: KVQCache) -> set[int]:
+    """Rows in the planes with a row for several tokens."""
+    names = [name for names in cache._shared_planes() for name in names]
+    planes = {**cache.key_planes, **cache.value_planes}
+    return {planes[name].shape[2] for name in names}
+
+
+# ---- appending ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, "kivi2,frame=off", "tq2.5,frame=off", "qjl1,frame=off"])
+def test_tokens_keep_their_values_however_they_come(scheme: str) -> None:
+    seen = watched(scheme)
+    for L in (90, 7, 17, 2, 64):
+        seen.append(L)
+        seen.steps(9)
+        seen.check()
+    assert seen.cache.packed_tokens >= seen.cache.held - 4 - 16 - max(BLOCK, seen.cache.block) + 1
+
+
+@pytest.mark.parametrize("scheme", [*SOME, "qjl1", "turbo0v4"])
+def test_without_sinks_and_recent_tokens(scheme: str) -> None:
+    """A whole number of groups leaves no dense token at all."""
+    seen = watched(scheme, sinks=0, recent=0)
+    seen.append(4 * GROUP)
+    assert seen.cache.packed_tokens == seen.cache.held == 4 * GROUP
+    for restore in (False, True):
+        seen.cache = restored(seen.cache) if restore else seen.cache
+        seen.append(1)
+        seen.append(33)
+        seen.steps(30)
+        seen.check()
+    seen.trim(seen.total - 3 * GROUP)
+    assert seen.cache.packed_tokens == seen.cache.held == 3 * GROUP
+    seen.append(1)
+    seen.check()
+
+
+@pytest.mark.parametrize("scheme", KIVI)
+def test_less_than_a_group_waits(scheme: str) -> None:
+    seen = watched(scheme, sinks=3, recent=10)
+    seen.append(3 + 10 + 4 * GROUP + 31)
+    assert seen.cache.packed_tokens == 4 * GROUP
+    seen.steps(1)
+    assert seen.cache.packed_tokens == 5 * GROUP and seen.cache._dense == 13
+    seen.steps(31)
+    assert seen.cache.packed_tokens == 5 * GROUP
+    seen.steps(1)
+    assert seen.cache.packed_tokens == 6 * GROUP
+    seen.check()
+
+
+@pytest.mark.parametrize("chunk", [1, 13])
+@pytest.mark.parametrize("scheme", FITTED)
+def test_statistics_wait_for_enough_tokens(scheme: str, chunk: int) -> None:
+    """Without the frame too: fed token by token a cache stays dense until there are enough to choose channels by."""
+    seen = watched(scheme, frame=False)
+    needed = MIN_TOKENS + SKIP_TOKENS
+    for _ in range(-(-needed // chunk) - 1):
+        seen.append(chunk)
+        assert seen.cache.packed_tokens == 0 and not seen.cache.key_statistics and not seen.cache.value_statistics
+    seen.append(chunk)
+    seen.cache.compact()
+    assert seen.cache.packed_tokens > 0
+    first = [mx.array(side[:, :, SKIP_TOKENS:needed]) for side in seen.fed]
+    statistics = seen.cache.key_statistics, seen.cache.value_statistics
+    for found, codec, x in zip(statistics, (seen.cache.key_codec, seen.cache.value_codec), first, strict=True):
+        expected = codec.fit(x)
+        assert list(found) == list(expected) != []
+        assert all(mx.array_equal(found[name], expected[name]) for name in expected)
+    seen.steps(40)
+    seen.check()
+    assert (seen.cache.key_statistics, seen.cache.value_statistics) == statistics
+
+
+def test_codecs_without_statistics_do_not_wait() -> None:
+    for scheme, packed in (("polar4", BLOCK), ("kivi2", GROUP)):
+        seen = watched(scheme, frame=False)
+        seen.steps(20 + packed - 1)
+        assert seen.cache.packed_tokens == 0
+        seen.steps(1)
+        assert seen.cache.packed_tokens == packed
+        seen.check()
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("scheme", SOME)
+def test_a_prompt_stays_dense_until_the_first_step(scheme: str, window: int | None) -> None:
+    for first in (1, 2, 16):
+        seen = watched(scheme, window, compress_after="prefill")
+        seen.append(100)
+        seen.append(47)
+        assert seen.cache.packed_tokens == 0
+        seen.verify(first, 0)  # attention of its first token is to a dense prompt
+        seen.cache.compact()
+        assert seen.cache.packed_tokens > 90
+        seen.check()
+        seen.verify(16, 3)
+        seen.check()
+
+
+# ---- trimming ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_trimming_is_exact_to_the_token(scheme: str) -> None:
+    whole = filled(scheme)
+    for cuts in ((5,), (20, 1, 1, 30), (100, 32, 31)):
+        seen = whole.copied()
+        for n in cuts:
+            seen.trim(n)
+            assert seen.cache.held == seen.total
+            seen.check()
+        assert shared_rows(seen.cache) == {len(lengths) for lengths in seen.cache._rows.values()}
+        seen.append(70)
+        seen.trim(60)
+        seen.append(50)
+        seen.steps(3)
+        seen.check()
+    whole.check()
+
+
+@pytest.mark.parametrize("scheme", KIVI)
+def test_rows_of_groups_that_were_cut(scheme: str) -> None:
+    seen = watched(scheme, sinks=4, recent=0)
+    seen.append(4 + 3 * GROUP)
+    assert seen.cache._rows == {GROUP: (32, 32, 32)}
+    seen.trim(7)
+    assert seen.cache._rows == {GROUP: (32, 32, 25)} and seen.cache.packed_tokens == 89
+    seen.append(GROUP)
+    assert seen.cache._rows == {GROUP: (32, 32, 25, 32)}
+    seen.trim(GROUP + 25 + 1)
+    assert seen.cache._rows == {GROUP: (32, 31)} and shared_rows(seen.cache) == {2}
+    seen.append(GROUP + 5)
+    seen.steps(GROUP - 5)
+    assert seen.cache._rows == {GROUP: (32, 31, 32, 32)} and seen.cache._dense == 4
+    seen.check()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_trimming_to_nothing_starts_over(scheme: str) -> None:
+    """Also to sinks, and to one token more; statistics go with the last packed token."""
+    whole = filled(scheme)
+    for left in (0, 4, 5):
+        seen = whole.copied()
+        seen.trim(seen.total - left)
+        assert seen.cache.packed_tokens == max(0, left - 4)
+        cache = seen.cache
+        assert bool(cache.key_planes) == bool(cache.value_planes) == (left == 5)
+        if left < 5:
+            assert not cache._rows and not cache.key_statistics and not cache.value_statistics and cache.frame is None
+        seen.check()
+        seen.append(100)
+        seen.append(1)
+        seen.check()
+        assert cache.packed_tokens > 50
+
+
+@pytest.mark.parametrize("scheme", SOME)
+def test_trimming_what_a_step_of_several_tokens_has_not_packed_yet(scheme: str) -> None:
+    whole = filled(scheme)
+    for n in (3, 30, 80):
+        seen = whole.copied()
+        seen.append(16)
+        seen.trim(n)
+        seen.check()
+        seen.append(9)
+        seen.append(40)
+        seen.check()
+
+
+# ---- copies and files --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_copies_and_restored_caches_go_on_alike(scheme: str, window: int | None) -> None:
+    seen = filled(scheme, 140, window)
+    seen.trim(33)
+    again, other = seen.copied(), seen.copied()
+    again.cache = restored(seen.cache)
+    assert again.cache.spec == seen.cache.spec and again.cache._rows == seen.cache._rows
+    kept = seen.copied()
+    go_on(seen, other, again)
+    kept.check()
+    if window is not None:  # which has passed by now
+        later = seen.copied()
+        later.cache = restored(seen.cache)
+        go_on(seen, later)
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, "tq2+tq2.5", "kivi4,sinks=0,recent=0", "tq4,rotation=dense"])
+def test_files_hold_caches_of_every_codec(scheme: str, tmp_path: Path) -> None:
+    """Codecs with dots and pluses in their names, and rows that were cut."""
+    kinds = ["full_attention", "sliding_attention"]
+    model = tiny_models.llama(num_hidden_layers=2, layer_types=kinds, sliding_window=tiny_models.WINDOW)
+    file = tmp_path / "prompt.safetensors"
+    with kvq.compress(model, scheme):
+        caches = kvq.make_prompt_cache(model)
+        mx.eval(model(mx.arange(150)[None] % 64, cache=caches), [cache.state for cache in caches])
+        assert kvq.cache_report(caches).compressed == len(caches)
+        for cache in caches:
+            assert cache.packed_tokens > 70 and cache.trim(41) == 41
+        for count in (0, 90):  # after which windows have passed
+            if count:
+                mx.eval(model(mx.arange(count)[None] % 64, cache=caches))
+            kvq.save_prompt_cache(file, caches, model=model)
+            loaded, info = kvq.load_prompt_cache(file, model)
+            assert info.nbytes == sum(cache.nbytes for cache in loaded)
+            for found, cache in zip(loaded, caches, strict=True):
+                assert found._rows == cache._rows and found.nbytes == cache.nbytes
+                for a, b in zip(found.decode_all(), cache.decode_all(), strict=True):
+                    assert mx.array_equal(a, b)
+            for tokens in ([[3]], [[5] * 33], [[7]]):
+                more = mx.array(tokens)
+                assert mx.array_equal(model(more, cache=loaded), model(more, cache=caches))
+
+
+# ---- windows -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_tokens_leave_a_window_one_by_one(scheme: str) -> None:
+    seen = filled(scheme, WINDOW, WINDOW)
+    for step in range(GROUP + 5):
+        seen.append(1, check=False)
+        assert seen.cache.held == WINDOW
+        if scheme == "kivi2" or step % 8 == 0:
+            seen.check()
+    seen.append(1)
+    seen.append(7)  # attends to what the first of them pushes out
+    seen.check()
+    seen.append(WINDOW + 9)
+    seen.check()
+    seen.steps(3)
+    seen.append(20)
+    seen.check()
+
+
+@pytest.mark.parametrize("scheme", KIVI)
+def test_rows_leave_a_window_with_their_last_token(scheme: str) -> None:
+    seen = watched(scheme, WINDOW, recent=0)
+    seen.append(4 * GROUP)
+    seen.steps(WINDOW - 4 * GROUP + 31)
+    assert seen.cache._rows[GROUP][0] == 1 and shared_rows(seen.cache) == {5}
+    seen.steps(1)
+    assert seen.cache._rows[GROUP] == (32,) * 4 and shared_rows(seen.cache) == {4}
+    seen.steps(1)
+    assert seen.cache._rows[GROUP] == (31, 32, 32, 32) and shared_rows(seen.cache) == {4}
+    seen.check()
+    seen.append(1)
+
+
+def test_the_smallest_window_has_room_for_a_group() -> None:
+    spec = layer_spec("kivi2").with_(recent=60)
+    window = smallest_window(spec)
+    assert window == 2 * (60 + GROUP)
+    seen = Watched(spec, window)
+    seen.steps(3 * window)
+    assert seen.cache.packed_tokens >= window - 60 - GROUP
+    seen.check()
+
+
+@pytest.mark.parametrize("compress_after", ["chunk", "prefill"])
+@pytest.mark.parametrize("scheme", ["kivi2", "kivi2+tq2.5", "tq2.5", "qjl1"])
+def test_a_full_window_packs_the_same_groups_in_steps_of_several_tokens(scheme: str, compress_after: str) -> None:
+    """The first pack, too, when the prompt alone has filled the window: not what the last tokens leave of it."""
+    seen = watched(scheme, WINDOW, recent=0, frame=False, compress_after=compress_after)
+    seen.append(WINDOW + 20)
+    seen.verify(6, 0)
+    seen.check()
+
+
+# ---- speculative decoding ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("window", "shared"), [(None, False), (None, True), (WINDOW, True)])
+@pytest.mark.parametrize("scheme", SOME)
+def test_steps_of_several_tokens_are_single_steps(scheme: str, shared: bool, window: int | None) -> None:
+    """With rollback, from the first tokens on: attention and what is packed are those of the accepted tokens alone."""
+    seen = watched(scheme, window)
+    seen.cache.shared = shared
+    for L, rejected in [(2, 1), (16, 15), *[(16, 0), (13, 5), (16, 3), (5, 4), (16, 0)] * 3]:
+        seen.verify(L, rejected)
+        seen.check()
+    assert seen.total > WINDOW and seen.cache.packed_tokens > 90
+
+
+# ---- batches -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("scheme", [*SOME, "tqprod3", "turbo0v4"])
+def test_rows_of_a_batch_are_their_own_caches(scheme: str, window: int | None) -> None:
+    """Other lengths, other remainders of groups, other statistics; joining, leaving and going on alone."""
+    members = [filled(scheme, tokens, window, seed) for seed, tokens in enumerate((140, 61, 97))]
+    members[0].trim(41)
+    sources = [member.copied() for member in members]
+    for member, source in zip(members, sources, strict=True):
+        source.cache = member.cache
+    batch = members[0].cache.merge([member.cache for member in members[:2]])
+    batch.extend(members[2].cache.merge([members[2].cache]))
+    assert batch.nbytes == sum(member.cache.nbytes for member in members)
+    attend_together(batch, members, GROUP - 9)
+    prompt_together(batch, members, [70, 3, 40])
+    attend_together(batch, members)
+    alone = members.pop(1)
+    alone.cache = batch.extract(1)
+    batch.filter([0, 2])
+    alone.append(17)
+    alone.append(1)
+    attend_together(batch, members, 3)
+    for each in (alone, *members, *sources):
+        each.check()
+    copied = restored(batch)
+    assert [row._rows for row in copied.rows] == [row._rows for row in batch.rows]
+    attend_together(copied, members)
+    for member in members:
+        member.check()
+
+
+@pytest.mark.parametrize("scheme", KIVI)
+def test_a_batch_is_trimmed_into_groups(scheme: str) -> None:
+    members = [filled(scheme, tokens, None, seed) for seed, tokens in enumerate((140, 121))]
+    batch = members[0].cache.merge([member.cache for member in members])
+    for member, row in zip(members, batch.rows, strict=True):
+        member.cache = copy.deepcopy(row)
+        member.trim(45)
+    assert batch.trim(45) == 45
+    attend_together(batch, members, GROUP + 9)
+    for member in members:
+        member.check()
+
+
+# ---- bytes -------------------------------------------------------------------------------------------------------
+
+
+def active() -> int:
+    gc.collect()
+    mx.synchronize()
+    mx.clear_cache()
+    return int(mx.get_active_memory())
+
+
+@pytest.mark.parametrize("window", [None, 6000])
+def test_cut_rows_give_their_memory_back(window: int | None) -> None:
+    """One KV head: there a slice is contiguous and could keep the whole plane alive."""
+    limit = mx.set_cache_limit(0)
+    try:
+        before = active()
+        cache = watched("kivi2", window, frame=False).cache
+        sizes = [12_000] if window is None else [5_000] + [500] * 14
+        for size in sizes:
+            x = mx.random.normal((1, 1, size, 2 * D)).astype(mx.float16)
+            cache.update_and_fetch(x, x)
+            cache.compact()
+            mx.eval(cache.state)
+        if window is None:
+            cache.trim(9_990)
+            mx.eval(cache.state)
+        del x
+        held = active() - before
+    finally:
+        mx.set_cache_limit(limit)
+    assert cache.nbytes == sum(array.nbytes for array in arrays_of(cache))
+    assert shared_rows(cache) == {len(cache._rows[GROUP])} and cache.packed_tokens > 1900
+    assert abs(held - cache.nbytes) <= 0.02 * cache.nbytes
+
+
+def test_memory_of_a_group_is_that_of_its_codes_and_two_numbers_a_channel() -> None:
+    seen = watched("kivi2", sinks=0, recent=0, frame=False)
+    seen.append(4 * GROUP)
+    keys = 4 * GROUP * D // 4 + 4 * 2 * 2 * D
+    assert sum(plane.nbytes for plane in seen.cache.key_planes.values()) == KV_HEADS * keys
