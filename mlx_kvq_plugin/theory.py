@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 
 from .codebooks import Array
-from .codecs import GROUP, Codec, Planes, Published, get_codec, list_codecs
+from .codecs import GROUP, LEAST_SQUARES, Codec, Planes, Published, get_codec, list_codecs
 from .errors import CodecError
 from .plugins import load_plugin
 from .rotation import HADAMARD
@@ -128,7 +129,12 @@ def _rates(codec: Codec, dims: Iterable[int]) -> Iterator[int]:
 
 
 def validate_codecs(
-    names: Sequence[str], dim: int, pairs: int = 100_000, seed: int = 0, rotation: str = HADAMARD
+    names: Sequence[str],
+    dim: int,
+    pairs: int = 100_000,
+    seed: int = 0,
+    rotation: str = HADAMARD,
+    scaling: str = LEAST_SQUARES,
 ) -> list[Measurement | Skipped]:
     """Measure codecs, all on the same pairs, and hold each against its theory.
 
@@ -143,7 +149,7 @@ def validate_codecs(
         dim: D of the unit vectors.
         pairs: at least so many, for codecs that are not stated unbiased a quarter; a multiple of 4096 in the end.
         seed: of the vectors, and the first of the codecs' 16 seeds.
-        rotation: of the codecs that rotate.
+        rotation, scaling: as for `get_codec`.
 
     Returns:
         One entry a name, in order.
@@ -151,9 +157,10 @@ def validate_codecs(
     Raises:
         CodecError: for unknown names, exact codecs and names with `+`.
     """
+    make = partial(get_codec, rotation=rotation, scaling=scaling)
     skipped: dict[str, Skipped] = {}
     for name in names:
-        codec = get_codec(name, seed, rotation)
+        codec = make(name)
         if codec.exact or "+" in name:
             kind = "exact" if codec.exact else "a codec for each KV head"
             raise CodecError(f"a codec held against theory must be lossy and one, got {name}, {kind}; leave it out")
@@ -164,11 +171,11 @@ def validate_codecs(
         except CodecError as error:
             skipped[name] = Skipped(name, dim, str(error))
     able = [name for name in dict.fromkeys(names) if name not in skipped]
-    unbiased = [name for name in able if get_codec(name).unbiased]
-    found = _measure(unbiased, dim, pairs, seed, rotation)
+    unbiased = [name for name in able if make(name).unbiased]
+    found = _measure(make, unbiased, dim, pairs, seed)
     again = [name for name in unbiased if _biases(found[name])]
-    found |= _measure(again, dim, _SURE * pairs, seed + SEEDS, rotation)
-    found |= _measure([name for name in able if name not in unbiased], dim, -(-pairs // _SHARE), seed, rotation)
+    found |= _measure(make, again, dim, _SURE * pairs, seed + SEEDS)
+    found |= _measure(make, [name for name in able if name not in unbiased], dim, -(-pairs // _SHARE), seed)
     checked = {name: replace(m, failures=tuple(_failures(m))) for name, m in found.items()}
     return [skipped[name] if name in skipped else checked[name] for name in names]
 
@@ -220,8 +227,10 @@ def _failures(m: Measurement) -> Iterator[str]:
         yield f"{where} must have {name} below {SIGMAS:g} standard errors, got {got} on {m.pairs} pairs"
 
 
-def _measure(names: Sequence[str], dim: int, pairs: int, seed: int, rotation: str) -> dict[str, Measurement]:
-    """Measurements of codecs that can do the head size, nothing checked."""
+def _measure(
+    make: Callable[..., Codec], names: Sequence[str], dim: int, pairs: int, seed: int
+) -> dict[str, Measurement]:
+    """Measurements of the codecs `make(name, seed)`, which can do the head size; nothing checked."""
     heads = -(-pairs // (SEEDS * HEAD)) if names else 0
     sums: dict[str, list[Array]] = {name: [] for name in names}
     stored: dict[str, float] = {}
@@ -231,11 +240,10 @@ def _measure(names: Sequence[str], dim: int, pairs: int, seed: int, rotation: st
         for start in range(0, heads, most):
             first, keys, queries = _draw_pairs(draw, min(most, heads - start), dim)
             for name in names:
-                found, stored[name] = _sums(get_codec(name, seed + i, rotation), first, keys, queries)
+                found, stored[name] = _sums(make(name, seed + i), first, keys, queries)
                 sums[name].append(found)
     return {
-        name: _measurement(get_codec(name, seed, rotation), dim, stored[name], np.concatenate(sums[name], axis=1))
-        for name in names
+        name: _measurement(make(name, seed), dim, stored[name], np.concatenate(sums[name], axis=1)) for name in names
     }
 
 

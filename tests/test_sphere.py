@@ -10,7 +10,7 @@ from mlx_kvq_plugin.errors import CodecError
 from mlx_kvq_plugin.sphere import (
     coordinate_density,
     gaussian_codebook,
-    scaled_mse,
+    scaled_error,
     sphere_codebook,
     sphere_mse,
 )
@@ -143,20 +143,23 @@ def test_levels_beyond_the_sphere_have_empty_cells() -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 6])
 @pytest.mark.parametrize("dim", [32, 64])
-def test_scaled_mse_is_the_error_with_the_best_scale_of_each_vector(bits: int, dim: int) -> None:
+def test_scaled_error_is_that_with_the_best_scale_of_each_vector(bits: int, dim: int) -> None:
     levels = np.array(odd_codebook(bits).levels) / math.sqrt(dim)
     x = random_directions(20_000, dim)
     chosen = levels[nearest(levels, x)]
     error = 1 - np.sum(x * chosen, axis=1) ** 2 / np.sum(chosen**2, axis=1)
-    expected = scaled_mse(tuple(levels), dim)
-    assert abs(error.mean() - expected) < 4 * error.std() / math.sqrt(len(x)) + 4 / dim**2 * expected
-    assert expected < sphere_mse(tuple(levels), dim)
+    mean, variance = scaled_error(tuple(levels), dim)
+    assert abs(error.mean() - mean) < 4 * error.std() / math.sqrt(len(x)) + 4 / dim**2 * mean
+    assert mean < sphere_mse(tuple(levels), dim)
+    if bits < 3:
+        assert np.var(error) == pytest.approx(variance, rel=0.06)
 
 
 @pytest.mark.parametrize("dim", [16, 64, 256])
-def test_scaled_mse_at_one_bit_has_its_closed_form(dim: int) -> None:
-    exact = (1 - 2 / math.pi) * (1 - 1 / dim)
-    assert scaled_mse((-1.0, 1.0), dim) == pytest.approx(exact, rel=0.3 / dim**2)
+def test_scaled_error_at_one_bit_has_its_closed_form(dim: int) -> None:
+    mean, variance = scaled_error((-1.0, 1.0), dim)
+    assert mean == pytest.approx((1 - 2 / math.pi) * (1 - 1 / dim), rel=0.3 / dim**2)
+    assert variance == pytest.approx(8 / math.pi * (1 - 3 / math.pi) / dim, rel=4 / dim)
 
 
 @pytest.mark.parametrize(

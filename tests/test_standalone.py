@@ -345,7 +345,7 @@ class Fading:
 
 @pytest.fixture
 def fading(monkeypatch):
-    monkeypatch.setattr(standalone, "get_codec", lambda name, seed, rotation: Fading(name))
+    monkeypatch.setattr(standalone, "get_codec", lambda name, *choices: Fading(name))
     monkeypatch.setattr(standalone, "whole_bits", lambda family: (2, 3, 4))
 
 

@@ -40,7 +40,7 @@ def measure(monkeypatch: pytest.MonkeyPatch):
     """`measure(kind, dim=64)` is a codec class held against theory in place of whatever its name means."""
 
     def measure(kind: type[Codec], dim: int = 64, pairs: int = PAIRS) -> Measurement:
-        monkeypatch.setattr(theory, "get_codec", lambda name, seed=0, rotation="hadamard": kind(seed, rotation))
+        monkeypatch.setattr(theory, "get_codec", lambda name, seed=0, rotation="", scaling="": kind(seed))
         (found,) = validate_codecs(["it"], dim, pairs)
         assert isinstance(found, Measurement)
         return found
@@ -66,6 +66,17 @@ def test_every_codec_is_within_theory() -> None:
 def test_other_rotations_and_head_sizes_are_within_theory(rotation: str) -> None:
     for m in validate_codecs(["tq2", "tq2.5", "rvq2", "tqprod3", "qjl1", "polar4", "grouped3"], 80, PAIRS, 3, rotation):
         assert isinstance(m, Measurement) and not m.failures
+
+
+@pytest.mark.parametrize(("scaling", "shrinkage"), [("norm", 0.5), ("unbiased", 0.0)])
+def test_other_scalings_are_within_theory(scaling: str, shrinkage: float) -> None:
+    for m in validate_codecs(["tq1", "tq2", "tq4", "tq2.5", "rvq1"], 64, PAIRS, scaling=scaling):
+        assert isinstance(m, Measurement) and not m.failures
+        assert m.shrinkage == shrinkage
+        assert m.slope == pytest.approx(-shrinkage * m.mse, abs=0.006)
+        (least,) = validate_codecs([m.codec], 64, 4096)
+        assert isinstance(least, Measurement) and least.band is not None
+        assert m.band is not None and m.band[0] > least.band[0] and m.mse > least.mse
 
 
 def test_measurements_are_those_of_a_plain_computation() -> None:
@@ -337,7 +348,7 @@ def test_wrong_codecs_are_told_in_what_they_are_wrong(measure, kind, kinds_of_fa
 def test_a_bias_of_one_draw_is_looked_at_again_on_more_pairs() -> None:
     """One draw in some hundred shows a bias that is none."""
     seed = 26_000
-    once = theory._measure(["qjl1"], 16, 4096, seed, "hadamard")["qjl1"]
+    once = theory._measure(get_codec, ["qjl1"], 16, 4096, seed)["qjl1"]
     assert once.slope > 3.5 * once.slope_se
     (m,) = validate_codecs(["qjl1"], 16, 4096, seed)
     assert isinstance(m, Measurement)

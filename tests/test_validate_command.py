@@ -45,7 +45,7 @@ def test_the_table_shows_codecs_against_theory(run):
     code, out, err = run("validate", "--codecs", "tq2", "tqprod3", "affine4", *QUICK)
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert lines[0] == "head size 64, rotation hadamard, seeds 0 to 15"
+    assert lines[0] == "head size 64, rotation hadamard, scaling least_squares, seeds 0 to 15"
     assert lines[1].split() == COLUMNS.split()
     table = rows(out)
     assert list(table) == ["tq2", "tqprod3", "affine4"]
@@ -111,14 +111,15 @@ def test_passing_codecs_pass_in_json(run):
     assert code == 0 and json.loads(out)["passed"]
 
 
-def test_rotation_and_seed_reach_the_codecs(run):
+def test_rotation_scaling_and_seed_reach_the_codecs(run):
     found = {}
-    for options in ((), ("--rotation", "dense"), ("--rotation", "hadamard3"), ("--seed", 7)):
+    for options in ((), ("--rotation", "dense"), ("--scaling", "norm"), ("--seed", 7)):
         code, out, _ = run("validate", "--codecs", "tq2", *QUICK, "--json", *options)
         assert code == 0
         found[options] = json.loads(out)
     assert len({facts["results"][0]["mse"] for facts in found.values()}) == 4
     assert found["--rotation", "dense"]["rotation"] == "dense" and found["--seed", 7]["seed"] == 7
+    assert found["--scaling", "norm"]["scaling"] == "norm"
     code, out, _ = run("validate", "--codecs", "tq2", "--dim", 72, "--pairs", 4096, "--rotation", "dense")
     assert code == 0 and out.startswith("head size 72, rotation dense")
 
@@ -138,6 +139,7 @@ def test_rotation_and_seed_reach_the_codecs(run):
         (("--pairs", "0"), "argument --pairs: must be an integer of at least 1, got '0'"),
         (("--seed", "-1"), "argument --seed: must be an integer of at least 0, got '-1'"),
         (("--rotation", "fourier"), "argument --rotation: invalid choice: 'fourier'"),
+        (("--scaling", "none"), "argument --scaling: invalid choice: 'none'"),
     ],
 )
 def test_wrong_input_is_told_in_one_sentence(run, options, said):

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..codebook_store import codebook_path, load_codebook
-from ..codecs import Published
+from ..codecs import LEAST_SQUARES, SCALINGS, Published
 from ..rotation import HADAMARD, ROTATIONS
 from ..sphere import MAX_BITS, MIN_DIM, gaussian_codebook, sphere_mse
 from ..theory import (
@@ -72,7 +72,7 @@ def _run_validate(options: argparse.Namespace) -> int:
         raise UsageError("--bits must be the rates of some codec at these head sizes, got those of none; give others")
     results: list[Measurement | Skipped] = []
     for dim in options.dim:
-        found = validate_codecs(names, dim, options.pairs, options.seed, options.rotation)
+        found = validate_codecs(names, dim, options.pairs, options.seed, options.rotation, options.scaling)
         results += found
         if not options.json:
             _print_table(dim, found, options)
@@ -105,6 +105,7 @@ def _facts(
     return {
         "seed": options.seed,
         "rotation": options.rotation,
+        "scaling": options.scaling,
         "passed": not failures,
         "failures": list(failures),
         "results": rows,
@@ -114,7 +115,8 @@ def _facts(
 
 def _print_table(dim: int, results: Sequence[Measurement | Skipped], options: argparse.Namespace) -> None:
     width = max(8, *(len(result.codec) for result in results))
-    print(f"head size {dim}, rotation {options.rotation}, seeds {options.seed} to {options.seed + SEEDS - 1}")
+    seeds = f"seeds {options.seed} to {options.seed + SEEDS - 1}"
+    print(f"head size {dim}, rotation {options.rotation}, scaling {options.scaling}, {seeds}")
     print(
         f"{'codec':{width}s}  bits codes  pairs       mse                band   bound  paper x4^-bits x4^-codes"
         "     D*ip   bound  paper              bias             slope-1     corr"
@@ -219,6 +221,9 @@ def add_commands(commands: Any) -> None:
     validate.add_argument("--codecs", nargs="+", metavar="NAME", help="only these (default: all lossy ones)")
     validate.add_argument(
         "--rotation", choices=ROTATIONS, default=HADAMARD, help="of the codecs that rotate (default: hadamard)"
+    )
+    validate.add_argument(
+        "--scaling", choices=SCALINGS, default=LEAST_SQUARES, help="of tq and rvq (default: least_squares)"
     )
     validate.add_argument(
         "--pairs",

@@ -87,7 +87,8 @@ class OutlierTurboQuant(Codec):
     def expected_mse(self, dim: int) -> tuple[float, float] | None:
         """Both parts as random vectors of their size; in random directions no channel is larger than others."""
         count = self.outliers(dim)
-        parts = (count, scaled_band(self.outlier_bits, count)), (dim - count, scaled_band(self.bits, dim - count))
+        sizes = (count, self.outlier_bits), (dim - count, self.bits)
+        parts = [(size, scaled_band(bits, size, self.scaling)) for size, bits in sizes]
         low, high = (sum(size * band[i] for size, band in parts) / dim for i in (0, 1))
         return low, high
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ..codebooks import odd_codebook
 from ..packing import slot_codes, slot_sources, slot_width
-from ..sphere import scaled_mse
+from ..sphere import scaled_error
 from . import LEAST_SQUARES, NORM, UNBIASED
 
 SHRINKAGE = {LEAST_SQUARES: 1.0, NORM: 0.5, UNBIASED: 0.0}  # `Codec.shrinkage` by scaling
@@ -180,13 +180,21 @@ def unpacked_levels(codes: mx.array, bits: int) -> mx.array:
     return _levels(codes, bits, mx.float32)
 
 
-def scaled_band(bits: int, dim: int) -> tuple[float, float]:
-    """The band of the error of unit vectors with `odd_codebook(bits)` and the best scale of each (`quantize`).
+def scaled_band(bits: int, dim: int, scaling: str = LEAST_SQUARES) -> tuple[float, float]:
+    """The band of the error of unit vectors with `odd_codebook(bits)` and a scale for each (`quantize`).
 
-    `sphere.scaled_mse` is good to 4 D^-2 of the result, float32 arithmetic and seeds to 0.3%; rounding the scale moves
-    the decoded vector by at most 2^-8 of its norm.
+    The error with the best scale is e = 1 - cos^2, of the angle between a vector and its levels; with the other scales
+    it is 2 - 2 cos and 1 / cos^2 - 1, taken to second order in e. `sphere.scaled_error` is good to 4 D^-2 of the
+    result, float32 arithmetic and seeds to 0.3%; rounding the scale moves the decoded vector by at most 2^-8 of its
+    norm.
     """
-    mse = scaled_mse(tuple(level / dim**0.5 for level in odd_codebook(bits).levels), dim)
+    least, variance = scaled_error(tuple(level / dim**0.5 for level in odd_codebook(bits).levels), dim)
+    share = 1.0 - least
+    mse = {
+        LEAST_SQUARES: least,
+        NORM: 2.0 - 2.0 * share**0.5 + 0.25 * variance / share**1.5,
+        UNBIASED: 1.0 / share - 1.0 + variance / share**3,
+    }[scaling]
     slack = 0.003 + 4.0 / dim**2
     return (1 - slack) * mse, (1 + slack) * mse + 2.0**-16
 

@@ -71,7 +71,7 @@ class TurboQuant(Codec):
         return (self.bits,)
 
     def expected_mse(self, dim: int) -> tuple[float, float] | None:
-        return scaled_band(sum(self.stages), dim)
+        return scaled_band(sum(self.stages), dim, self.scaling)
 
     def published(self, dim: int) -> Published | None:
         bits = sum(self.stages)
