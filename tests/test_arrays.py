@@ -69,6 +69,16 @@ def test_plain_arrays_are_the_same_tokens(name, shape):
     assert isinstance(mlx, mx.array) and mlx.dtype == mx.bfloat16 and mlx.shape == shape
 
 
+def test_codecs_per_head_take_plain_arrays():
+    x = normal(41, 3, 20, D)
+    codec = get_codec("tq3+tq2.5+tq3")
+    statistics = codec.fit(x)
+    decoded = codec.decode(codec.encode(x, statistics), D, statistics=statistics)
+    assert decoded.shape == x.shape and type(decoded) is np.ndarray
+    alone = get_codec("tq3").encode(x[::2])
+    np.testing.assert_array_equal(decoded[::2], get_codec("tq3").decode(alone, D))
+
+
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
 def test_dtypes_of_numpy(dtype):
     x = normal(36, 5, D).astype(dtype)

@@ -11,6 +11,7 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
+from ..arrays import plain_tokens
 from ..errors import CodecError
 from . import NO_STATISTICS, Codec, Plane, Planes, Statistics, get_codec
 
@@ -125,6 +126,7 @@ class PerHead(Codec):
         return sum(part.codec.statistics_nbytes(dim) * len(part.heads) for part in self.parts) / len(self.names)
 
     def fit(self, x: mx.array) -> dict[str, mx.array]:
+        x = plain_tokens(x)
         found: dict[str, mx.array] = {}
         for part in self.parts:
             found.update(part.named(part.codec.fit(self._heads(x, part))))
