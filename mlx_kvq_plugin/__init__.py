@@ -9,9 +9,11 @@ Importing registers the cache classes in `mlx_lm.models.cache`, where mlx-lm loo
 from mlx_lm.models import cache as _mlx_cache
 
 from .adapters import Adapter, LayerGeometry, attention_geometry, list_adapters
-from .allocation import DistortionCurve
+from .allocation import Allocation, DistortionCurve
 from .batch import BatchKVQCache
 from .cache import KVQCache
+from .calibration import Calibration, calibrate
+from .calibration_files import find_calibration, load_calibration, push_calibration, save_calibration
 from .codecs import Codec, Plane, Published, get_codec, list_codecs
 from .config import KVQConfig, LayerSpec
 from .demo_models import DEMO_MODELS, demo_model_path
@@ -36,8 +38,10 @@ from .theory import validate_codecs
 __all__ = [
     "DEMO_MODELS",
     "Adapter",
+    "Allocation",
     "BatchKVQCache",
     "CacheReport",
+    "Calibration",
     "Codec",
     "CompressedKV",
     "Compression",
@@ -57,11 +61,13 @@ __all__ = [
     "allow_speculation",
     "attention_geometry",
     "cache_report",
+    "calibrate",
     "compare",
     "compress",
     "compression_of",
     "demo_model_path",
     "distortion",
+    "find_calibration",
     "fit_distortion_curve",
     "format_scheme",
     "get_codec",
@@ -71,12 +77,15 @@ __all__ = [
     "list_codecs",
     "list_schemes",
     "load",
+    "load_calibration",
     "load_prompt_cache",
     "make_prompt_cache",
     "parse_scheme",
     "placement_of",
+    "push_calibration",
     "read_prompt_cache_info",
     "recorded_queries",
+    "save_calibration",
     "save_prompt_cache",
     "sharded_load",
     "step_logprobs",

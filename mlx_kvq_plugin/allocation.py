@@ -3,12 +3,14 @@
 Components are (layer, KV head, K or V). A component with weight w and b bits costs w D(b), with D(b) = alpha beta^-b
 the relative distortion of the codec family, measured on real keys and values apart (calibration.py). The sum is least
 for `b_i = mean + (ln w_i - mean ln w) / ln beta` (Theorem 2, `optimal_bits`); with whole bits, for the greedy that
-always gives the next bit where it saves most (`allocate_bits`), which is optimal because D is convex. Difference from
-the paper: the greedy looks distortions up in the measured table instead of the fitted curve, which is off at 1 bit.
+always gives the next bit where it saves most (`allocate_bits`), which is optimal because D is convex. Differences from
+the paper: the greedy looks distortions up in the measured table instead of the fitted curve, which is off at 1 bit; and
+components may have unequal sizes, where the average is over elements and savings are per stored bit.
 """
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import math
 import re
@@ -24,7 +26,8 @@ SENSITIVITIES = (GRADIENT, ACTIVATION)
 KEY, VALUE = "key", "value"
 SIDES = (KEY, VALUE)
 
-_BUDGET = re.compile(r"([a-z]+)@(\d+(?:\.\d+)?)")
+_BUDGET = re.compile(r"(.+)@(\d+(?:\.\d+)?)")
+_FLOOR = 1e-9  # of the largest weight: a component without any has no logarithm
 
 
 def whole_bits(family: str) -> tuple[int, ...]:
@@ -83,7 +86,7 @@ class DistortionCurve:
     @staticmethod
     def fit(bits: Sequence[int], mse: Sequence[float]) -> DistortionCurve:
         """Least squares on `ln mse`, from 2 bits up where there are two such points; raises `AllocationError`."""
-        if len(bits) < 2 or len(bits) != len(mse) or min(mse, default=0.0) <= 0.0:
+        if len(set(bits)) < 2 or len(bits) != len(mse) or not all(0.0 < error < math.inf for error in mse):
             raise AllocationError(
                 f"a distortion curve must be fitted to two or more positive errors, got {list(mse)} at {list(bits)} "
                 "bits; measure more rates"
@@ -105,6 +108,12 @@ class DistortionCurve:
         """What was measured."""
         return self.mse[self.bits.index(bits)]
 
+    def between(self, bits: float) -> float:
+        """What was measured, or the exponential through the measured points around `bits`."""
+        i = min(max(bisect.bisect_right(self.bits, bits), 1), len(self.bits) - 1)
+        share = (bits - self.bits[i - 1]) / (self.bits[i] - self.bits[i - 1])
+        return float(self.mse[i - 1] ** (1 - share) * self.mse[i] ** share)
+
 
 @dataclass(frozen=True)
 class Component:
@@ -125,21 +134,56 @@ class Component:
     elements: int
 
 
-def optimal_bits(weights: Sequence[float], average: float, beta: float) -> list[float]:
-    """Theorem 2: real-valued bits of least total distortion with the given average, not clipped to any range."""
-    if beta <= 1.0 or not weights or min(weights) <= 0.0:
+def _checked(components: Sequence[Component]) -> float:
+    """The largest weight; raises `AllocationError` for weights that say nothing."""
+    largest = max((c.weight for c in components), default=0.0)
+    if not largest > 0.0 or not all(0.0 <= c.weight < math.inf for c in components):
         raise AllocationError(
-            f"weights must be positive and beta above 1, got {len(weights)} weights, beta {beta:g}; calibrate again"
+            f"weights must be finite, at least 0 and not all 0, got {[c.weight for c in components][:4]} and so on for "
+            f"{len(components)} components; calibrate again"
         )
-    logs = [math.log(weight) for weight in weights]
-    mean = sum(logs) / len(logs)
-    return [average + (log - mean) / math.log(beta) for log in logs]
+    return largest
+
+
+def optimal_bits(components: Sequence[Component], average: float, curves: Mapping[str, DistortionCurve]) -> list[float]:
+    """Real-valued bits of least total distortion with the given average over elements, not clipped to any range.
+
+    With equal elements and one curve this is Theorem 2. In general one bit more saves the same everywhere, per element.
+
+    Args:
+        components: with weights of at least 0.
+        curves: by side, of which the fit is used.
+
+    Raises:
+        AllocationError: for weights that are not finite or all 0, and for a curve that does not fall.
+    """
+    floor = _FLOOR * _checked(components)
+    beta = min(curves[c.side].beta for c in components)
+    if beta <= 1.0:
+        raise AllocationError(f"distortion must fall with bits, got beta {beta:g}; choose another codec family")
+    rates = [math.log(curves[c.side].beta) for c in components]
+    slopes = [
+        math.log(max(c.weight, floor) * curves[c.side].alpha * rate / c.elements)
+        for c, rate in zip(components, rates, strict=True)
+    ]
+    sizes = [c.elements for c in components]
+    level = sum(n * slope / rate for n, slope, rate in zip(sizes, slopes, rates, strict=True)) - average * sum(sizes)
+    level /= sum(n / rate for n, rate in zip(sizes, rates, strict=True))
+    return [(slope - level) / rate for slope, rate in zip(slopes, rates, strict=True)]
 
 
 def predicted_gain(weights: Sequence[float]) -> float:
     """Total distortion of equal bits over that of optimal ones: arithmetic over geometric mean of the weights."""
-    geometric = math.exp(sum(math.log(weight) for weight in weights) / len(weights))
+    floor = _FLOOR * max(weights)
+    geometric = math.exp(sum(math.log(max(weight, floor)) for weight in weights) / len(weights))
     return sum(weights) / len(weights) / geometric
+
+
+def total_distortion(
+    components: Sequence[Component], bits: Sequence[float], curves: Mapping[str, DistortionCurve]
+) -> float:
+    """Sum of weight times measured relative error; between measured bits by exponential interpolation."""
+    return sum(c.weight * curves[c.side].between(b) for c, b in zip(components, bits, strict=True))
 
 
 def allocate_bits(
@@ -150,19 +194,23 @@ def allocate_bits(
 ) -> list[int]:
     """Whole bits of least total distortion whose average over elements is `average`, or as near below as they come.
 
+    Least for components of equal size; among unequal ones another choice of the last steps may save a little more.
+
     Args:
         components: with weights of at least 0.
         choices: bits that a component can get, ascending.
         curves: by side.
 
     Raises:
-        AllocationError: when the average is outside of the choices, or there is nothing to allocate to.
+        AllocationError: when the average is outside of the choices, there is nothing to allocate to, or weights are not
+            finite or all 0.
     """
     if not components or not choices[0] <= average <= choices[-1]:
         raise AllocationError(
             f"average bits must be in {choices[0]} to {choices[-1]} for at least one component, got {average:g} for "
             f"{len(components)}; choose another average"
         )
+    _checked(components)
     steps = [0] * len(components)
     left = average * sum(c.elements for c in components) - choices[0] * sum(c.elements for c in components)
 
@@ -187,17 +235,30 @@ def allocate_bits(
     return [choices[step] for step in steps]
 
 
+Bits = Mapping[str, Mapping[int, tuple[int, ...]]]  # by side and layer, one a KV head
+RealBits = Mapping[str, Mapping[int, tuple[float, ...]]]
+
+
 @dataclass(frozen=True)
 class Allocation:
-    """Codecs of every allocated layer, by side: `names[side][layer]` is one codec name a KV head."""
+    """Codecs of every allocated layer.
 
-    names: Mapping[str, Mapping[int, tuple[str, ...]]]
+    Attributes:
+        families: of codecs, by side.
+        bits: by side and layer, one number a KV head.
+        optimum: the same before they are made whole (`optimal_bits`).
+        gain: total distortion of equal bits over that of `optimum`, by the fitted curves.
+    """
+
+    families: Mapping[str, str]
+    bits: Bits
+    optimum: RealBits
     gain: float
 
     def codec(self, side: str, layer: int) -> str:
-        """The codec name of a layer's side; "" if the allocation does not have it."""
-        heads = self.names.get(side, {}).get(layer, ())
-        return heads[0] if len(set(heads)) == 1 else "+".join(heads)
+        """The codec name of a layer's side, with one name a KV head where they differ; "" for a side left out."""
+        names = [f"{self.families[side]}{bits}" for bits in self.bits.get(side, {}).get(layer, ())]
+        return names[0] if len(set(names)) == 1 else "+".join(names)
 
 
 def allocate(
@@ -208,24 +269,33 @@ def allocate(
     """Allocate codecs to all components whose side has a budget; equal budgets of both sides share one average.
 
     Args:
+        components: the KV heads of a layer in their order.
         budgets: by side.
         curves: by (family, side).
+
+    Raises:
+        AllocationError: for a family without a curve, and as `allocate_bits`.
     """
-    names: dict[str, dict[int, tuple[str, ...]]] = {}
-    gain = 1.0
+    bits: dict[str, dict[int, tuple[int, ...]]] = {side: {} for side in budgets}
+    optimum: dict[str, dict[int, tuple[float, ...]]] = {side: {} for side in budgets}
+    equal = best = 0.0
     pools = [tuple(budgets)] if len(set(budgets.values())) == 1 else [(side,) for side in budgets]
     for pool in pools:
         budget = budgets[pool[0]]
-        own = [component for component in components if component.side in pool]
         missing = [side for side in pool if (budget.family, side) not in curves]
         if missing:
             raise AllocationError(
                 f"a calibration must have the distortion of {budget.family} for {' and '.join(missing)}, got none; "
                 "calibrate again with this codec installed"
             )
-        bits = allocate_bits(own, budget.bits, budget.choices(), {side: curves[budget.family, side] for side in pool})
-        gain = max(gain, predicted_gain([max(c.weight, 1e-30) for c in own]))
-        for component, b in zip(own, bits, strict=True):
-            layers = names.setdefault(component.side, {})
-            layers[component.layer] = (*layers.get(component.layer, ()), f"{budget.family}{b}")
-    return Allocation(names, gain)
+        own = [component for component in components if component.side in pool]
+        fits = {side: curves[budget.family, side] for side in pool}
+        whole = allocate_bits(own, budget.bits, budget.choices(), fits)
+        real = optimal_bits(own, budget.bits, fits)
+        equal += sum(c.weight * fits[c.side].at(budget.bits) for c in own)
+        best += sum(c.weight * fits[c.side].at(b) for c, b in zip(own, real, strict=True))
+        for component, b, r in zip(own, whole, real, strict=True):
+            side, layer = component.side, component.layer
+            bits[side][layer] = (*bits[side].get(layer, ()), b)
+            optimum[side][layer] = (*optimum[side].get(layer, ()), r)
+    return Allocation({side: budget.family for side, budget in budgets.items()}, bits, optimum, equal / best)

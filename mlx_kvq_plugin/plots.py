@@ -160,22 +160,25 @@ def plot_allocation(bits: Mapping[str, Mapping[int, Sequence[int]]], path: Path,
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    most = max(b for layers in bits.values() for heads in layers.values() for b in heads)
-    least = min(b for layers in bits.values() for heads in layers.values() for b in heads)
-    figure = Figure(figsize=(12, 1.6 + 1.7 * len(bits)), dpi=130, layout="constrained")
-    panels = figure.subplots(len(bits), 1, squeeze=False)[:, 0]
+    numbers = {b for layers in bits.values() for heads in layers.values() for b in heads}
+    least, most = min(numbers), max(numbers)
+    rows = {side: max(len(heads) for heads in layers.values()) for side, layers in bits.items()}
+    figure = Figure(figsize=(12, sum(1.0 + max(0.8, 0.24 * count) for count in rows.values())), dpi=130)
+    figure.set_layout_engine("constrained")
+    panels = figure.subplots(len(bits), 1, squeeze=False, height_ratios=list(rows.values()))[:, 0]
     for axes, (side, layers) in zip(panels, bits.items(), strict=True):
-        heads = max(len(row) for row in layers.values())
-        cells = [[row[h] if h < len(row) else math.nan for row in layers.values()] for h in range(heads)]
-        image = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=least, vmax=most)
+        heads = range(rows[side])
+        cells = [[row[h] if h < len(row) else math.nan for row in layers.values()] for h in heads]
+        image = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=least - 0.5, vmax=most + 0.5)
         for h, row in enumerate(cells):
             for i, b in enumerate(row):
-                dark = b < (least + most) / 2
-                axes.text(i, h, f"{b:g}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
+                if not math.isnan(b):
+                    color = "white" if b < (least + most) / 2 else "black"
+                    axes.text(i, h, f"{b:g}", ha="center", va="center", fontsize=7, color=color)
         axes.set_xticks(range(len(layers)), [str(layer) for layer in layers], fontsize=7)
-        axes.set_yticks(range(heads))
+        axes.set_yticks(heads, [str(h) for h in heads], fontsize=7)
         axes.set_ylabel(f"{side}s: KV head")
     panels[-1].set_xlabel("cache entry (layer)")
     figure.suptitle(title, fontsize=10)
-    figure.colorbar(image, ax=panels, label="bits")
+    figure.colorbar(image, ax=panels, label="bits", ticks=sorted(numbers))
     figure.savefig(path)

@@ -44,6 +44,7 @@ _DIGEST_SIZE = 32
 _PLACEHOLDER = "0" * (2 * _DIGEST_SIZE)
 _DIGEST_KEY = "kvq_digest"
 _PIECE = 1 << 22
+_FLOAT16_NORMAL = 2.0**-14  # smaller numbers lose digits in float16
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class PromptCacheInfo:
 def model_fingerprint(model: Any, any_float: bool = False) -> str:
     """Digest of the names, shapes, dtypes and 64 sampled values of every parameter: changes with weights or dtype.
 
-    With `any_float` all float dtypes of the same weights have one digest: values are compared as bfloat16.
+    With `any_float` all float dtypes that the same weights were cast to have one digest: values are compared as
+    bfloat16, and those that float16 has too few digits for not at all.
     """
     digest = hashlib.blake2b(digest_size=16)
     samples = []
@@ -93,7 +95,7 @@ def model_fingerprint(model: Any, any_float: bool = False) -> str:
     for name, value in sorted(parameters.items()):
         sample = value.reshape(-1)[:: max(1, value.size // 64)][:64]
         if any_float and mx.issubdtype(value.dtype, mx.floating):
-            sample = sample.astype(mx.bfloat16)
+            sample = mx.where(mx.abs(sample) < _FLOAT16_NORMAL, 0.0, sample).astype(mx.bfloat16)
         digest.update(f"{name} {value.shape} {sample.dtype};".encode())
         samples.append(mx.contiguous(sample).view(mx.uint8))
     mx.eval(samples)

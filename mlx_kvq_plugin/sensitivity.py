@@ -14,11 +14,13 @@ nearest tokens, so counting those too would allocate bits by what never gets an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
@@ -122,8 +124,9 @@ def measure_sensitivities(
 
     shifts = [[zeros(plan, plan.geometry.key_dim), zeros(plan, plan.geometry.value_dim)] for plan in plans]
     try:
-        (_, tensors), gradients = mx.value_and_grad(loss)(shifts)
-        mx.eval(tensors, gradients)
+        with _differentiable(model):
+            (_, tensors), gradients = mx.value_and_grad(loss)(shifts)
+            mx.eval(tensors, gradients)
     except (ValueError, RuntimeError, NotImplementedError) as error:
         raise CalibrationError(
             f"gradients must pass through the model for a calibration, got {type(error).__name__}: {error}; "
@@ -136,17 +139,30 @@ def measure_sensitivities(
         keys, values = keys.astype(mx.float32), values.astype(mx.float32)
         frame = fit_frame(member.rotary, keys[:, :, SKIP_TOKENS:], SKIP_TOKENS, energy)
         x, key_gradient = frame.encode(keys, 0), frame.scale_queries(key_gradient)
-        found[KEY, plan.index] = _sensitivity(x, key_gradient, keys)
-        found[VALUE, plan.index] = _sensitivity(values, value_gradient, values)
+        dense = member.spec.sinks
+        found[KEY, plan.index] = _sensitivity(x, key_gradient, keys, dense)
+        found[VALUE, plan.index] = _sensitivity(values, value_gradient, values, dense)
     return found
 
 
-def _sensitivity(x: mx.array, gradient: mx.array, cached: mx.array) -> Sensitivity:
-    """Both kinds, without the first tokens, which are outliers and stay dense."""
-    x, gradient, cached = (array[:, :, SKIP_TOKENS:] for array in (x, gradient, cached))
-    energy = mx.sum(x * x, axis=-1)
-    by_gradient = mx.mean(mx.sum(gradient * gradient, axis=-1) * energy, axis=(0, 2)) / x.shape[-1]
-    by_activation = mx.mean(mx.sum(cached * cached, axis=-1), axis=(0, 2))
+@contextmanager
+def _differentiable(model: Any) -> Iterator[None]:
+    """Training mode, but for dropout: layers whose kernels have no gradient then use plain operations."""
+    evaluated = [module for module in model.modules() if not module.training]
+    for module in evaluated:
+        module._training = not isinstance(module, nn.Dropout)
+    try:
+        yield
+    finally:
+        for module in evaluated:
+            module._training = False
+
+
+def _sensitivity(x: mx.array, gradient: mx.array, cached: mx.array, dense: int) -> Sensitivity:
+    """Both kinds; `dense` first tokens have no errors. Windows have none of these: their outliers count, as codes."""
+    energy = mx.sum(mx.square(gradient), axis=-1) * mx.sum(mx.square(x), axis=-1)
+    by_gradient = mx.mean(energy[..., dense:], axis=(0, 2)) / x.shape[-1]
+    by_activation = mx.mean(mx.sum(mx.square(cached[:, :, SKIP_TOKENS:]), axis=-1), axis=(0, 2))
     sample = x[:, :, -SAMPLE_TOKENS:]
     mx.eval(by_gradient, by_activation, sample)
     return Sensitivity(np.array(by_gradient, np.float64), np.array(by_activation, np.float64), sample)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -152,13 +153,15 @@ def read_prompt(value: str) -> str:
     return text
 
 
-def output_file(value: str) -> Path:
-    """A path that a prompt cache can be written to, checked before any work is done."""
+def output_file(value: str, what: str = "prompt-cache file", suffixes: tuple[str, ...] = (".safetensors",)) -> Path:
+    """A path that `what` can be written to, checked before any work is done."""
     path = Path(value).expanduser()
-    if path.suffix != ".safetensors":
-        raise UsageError(f"a prompt-cache file must end in .safetensors, got {path.name!r}; rename it")
+    if path.suffix not in suffixes:
+        raise UsageError(f"a {what} must end in {' or '.join(suffixes)}, got {path.name!r}; rename it")
     if not path.parent.is_dir():
-        raise UsageError(f"the folder of a prompt-cache file must exist, got {str(path.parent)!r}; make it first")
+        raise UsageError(f"the folder of a {what} must exist, got {str(path.parent)!r}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"the folder of a {what} must be writable, got {str(path.parent)!r}; choose another one")
     return path
 
 

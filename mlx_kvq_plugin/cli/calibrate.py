@@ -6,21 +6,34 @@ import argparse
 import json
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
-from ..allocation import SENSITIVITIES, SIDES, Component, optimal_bits, predicted_gain
-from ..calibration import FILE_NAME, Calibration, calibrate, load_calibration, push_calibration, save_calibration
+from ..allocation import GRADIENT, SENSITIVITIES, SIDES, Allocation, Budget, Component, predicted_gain, total_distortion
+from ..calibration import Calibration, calibrate
+from ..calibration_files import FILE_NAME, load_calibration, push_calibration, save_calibration
 from ..corpus import CORPUS
 from ..plots import plot_allocation, require_matplotlib
-from ..schemes import parse_scheme
-from .arguments import MODEL_HELP, UsageError, add_command, add_weight_options, note, output_file, positive
-from .models import load_model
+from ..schemes import format_scheme, parse_scheme
+from .arguments import (
+    MODEL_HELP,
+    UsageError,
+    add_arch_option,
+    add_command,
+    add_weight_options,
+    note,
+    output_file,
+    positive,
+)
+from .models import load_model, resolve_model
 
 DEFAULT_SCHEME = "tq@3"
+PLOTS = (".png", ".svg", ".pdf")
 
 
 def _texts(files: list[str]) -> list[str]:
@@ -34,22 +47,21 @@ def _texts(files: list[str]) -> list[str]:
 
 
 def _out(option: str | None, source: str) -> Path:
-    if option is not None:
-        return output_file(option)
-    if not Path(source).is_dir():
+    if option is None and not Path(source).is_dir():
         raise UsageError(
             f"--out must say where the calibration goes for a model of the hub, got none; for example --out {FILE_NAME}"
         )
-    return Path(source) / FILE_NAME
+    return output_file(option if option is not None else str(Path(source) / FILE_NAME), "calibration file")
 
 
 def _run_calibrate(options: argparse.Namespace) -> int:
     texts = _texts(options.text)
+    out = _out(options.out, resolve_model(options.model))
     loaded = load_model(options.model, options.float32)
-    out = _out(options.out, loaded.source)
     started = time.perf_counter()
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("calibrating", total=None)
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("calibrating", total=options.sequences)
         calibration = calibrate(
             loaded.model,
             loaded.tokenizer,
@@ -58,6 +70,7 @@ def _run_calibrate(options: argparse.Namespace) -> int:
             length=options.length,
             seed=options.seed,
             source=loaded.source,
+            unknown_arch=options.unknown_arch,
             done=lambda step, steps: progress.update(task, completed=step, total=steps),
         )
     save_calibration(out, calibration)
@@ -74,8 +87,8 @@ def _print_weights(calibration: Calibration) -> None:
     print("sensitivity   side    components   arithmetic over geometric mean of the weights")
     for kind in SENSITIVITIES:
         for side in SIDES:
-            weights = [c.weight for c in calibration.components(kind) if c.side == side]
-            print(f"{kind:12s}  {side:6s} {len(weights):11d}   {predicted_gain([max(w, 1e-30) for w in weights]):.2f}")
+            weights = [c.weight for c in calibration.components(kind, calibration.layers()) if c.side == side]
+            print(f"{kind:12s}  {side:6s} {len(weights):11d}   {predicted_gain(weights):.2f}")
 
 
 def _run_push(options: argparse.Namespace) -> int:
@@ -83,73 +96,98 @@ def _run_push(options: argparse.Namespace) -> int:
     return 0
 
 
+# ---- kvq inspect --allocation --------------------------------------------------------------------------------------
+
+
 def run_allocation(options: argparse.Namespace) -> int:
-    """`kvq inspect --allocation FILE`: bits of every layer and head for schemes with average bits."""
+    """`kvq inspect --allocation FILE`: bits of every layer and head for a scheme with average bits."""
+    if options.model is not None or options.live:
+        raise UsageError("--allocation must come without a MODEL and --live, got one of them; leave it out")
     schemes = [parse_scheme(scheme) for scheme in options.kv_scheme or [DEFAULT_SCHEME]]
     if len(schemes) != 1 or not any(schemes[0].budgets):
         raise UsageError(
-            f"--allocation must go with one scheme of average bits, got {options.kv_scheme}; "
+            f"--allocation must go with one scheme of average bits, got {' and '.join(options.kv_scheme)}; "
             f"for example --kv-scheme {DEFAULT_SCHEME}"
         )
+    plot = None
     if options.plot is not None:
+        plot = output_file(options.plot, "plot", PLOTS)
         require_matplotlib()
     (config,) = schemes
     calibration = load_calibration(options.allocation)
     allocation = calibration.allocate(config)
-    components = [c for c in calibration.components(config.sensitivity) if c.side in allocation.names]
-    bits = {
-        side: {layer: [int("".join(filter(str.isdigit, name))) for name in heads] for layer, heads in layers.items()}
-        for side, layers in allocation.names.items()
-    }
-    if options.plot is not None:
-        plot_allocation(bits, Path(options.plot), f"{options.kv_scheme or [DEFAULT_SCHEME]} of {calibration.model}")
+    components = calibration.components(GRADIENT, calibration.layers(config.edges))
+    budgets = {side: budget for side, budget in zip(SIDES, config.budgets, strict=True) if budget is not None}
+    kinds = {kind: calibration.allocate(replace(config, sensitivity=kind)) for kind in SENSITIVITIES}
+    distortions = {kind: _distortion(calibration, components, budgets, found) for kind, found in kinds.items()}
+    averages = {side: _average(components, allocation, [side]) for side in budgets}
+    scheme = format_scheme(config)
+    if plot is not None:
+        plot_allocation(allocation.bits, plot, f"{scheme} on {calibration.model}: bits of each KV head")
     if options.json:
-        print(json.dumps({"model": calibration.model, "scheme": (options.kv_scheme or [DEFAULT_SCHEME])[0], **bits}))
+        found = {"model": calibration.model, "scheme": scheme, "average": averages, "distortion": distortions}
+        print(json.dumps({**found, "bits": allocation.bits, "optimum": allocation.optimum}, indent=2))
         return 0
-    print(f"calibration of {calibration.model}: {calibration.sequences} sequences of {calibration.length} tokens\n")
-    for budget, side in zip(config.budgets, SIDES, strict=True):
-        if budget is not None:
-            curve = calibration.curves[budget.family, side]
-            fit = f"{curve.alpha:.3f} * {curve.beta:.3f}^-b"
-            print(f"{side}s: {budget.family} at {budget.bits:g} bits, distortion {fit}")
-    print(f"predicted gain over equal bits: {allocation.gain:.2f}x of the distortion\n")
-    _print_bits(bits, components, calibration, config)
+    print(
+        f"{scheme} on {calibration.model}, calibrated on {calibration.sequences} sequences of {calibration.length} "
+        f"tokens for sinks={calibration.sinks},recent={calibration.recent}\n"
+    )
+    for side, budget in budgets.items():
+        curve = calibration.curves[budget.family, side]
+        print(f"relative error of {side}s in b bits of {budget.family}: about {curve.alpha:.3f} * {curve.beta:.3f}^-b")
+    print("\npredicted distortion, weighted by gradients (equal bits: 1)")
+    for kind, distortion in distortions.items():
+        print(f"  bits by {kind:12s} {distortion:6.3f}" + ("   these:" if kind == config.sensitivity else ""))
+    print(f"  optimum, not whole   {1 / allocation.gain:6.3f}\n")
+    _print_bits(allocation)
+    print()
+    for side, average in averages.items():
+        counts = Counter(b for heads in allocation.bits[side].values() for b in heads)
+        listed = ", ".join(f"{n} with {b}" for b, n in sorted(counts.items()))
+        print(f"{side}s: {average:.3f} bits on average; heads: {listed}")
+    if len(budgets) > 1:
+        print(f"both: {_average(components, allocation, list(budgets)):.3f} bits on average")
     return 0
 
 
-def _print_bits(
-    bits: dict[str, dict[int, list[int]]], components: list[Component], calibration: Calibration, config: Any
-) -> None:
-    """A line a layer: whole bits of its heads, with the optimum of Theorem 2 in brackets."""
-    sides = [side for side in SIDES if side in bits]
-    optimum = _optimum(components, calibration, config)
-    print("layer  " + "  ".join(f"{side + ' bits (optimum)':30s}" for side in sides))
-    for layer in sorted(bits[sides[0]]):
-        cells = []
-        for side in sides:
-            heads = zip(bits[side][layer], optimum[side, layer], strict=True)
-            cells.append(" ".join(f"{whole}({real:.1f})" for whole, real in heads))
-        print(f"{layer:5d}  " + "  ".join(f"{cell:30s}" for cell in cells).rstrip())
-    for side in sides:
-        counts = Counter(b for heads in bits[side].values() for b in heads)
-        total = sum(counts.values())
-        average = sum(b * n for b, n in counts.items()) / total
-        print(f"{side}s: average {average:.3f}; " + ", ".join(f"{n} heads at {b}" for b, n in sorted(counts.items())))
+def _distortion(
+    calibration: Calibration,
+    components: Sequence[Component],
+    budgets: Mapping[str, Budget],
+    allocation: Allocation,
+) -> float:
+    """Total distortion of an allocation over that of equal bits."""
+    found = equal = 0.0
+    for side, budget in budgets.items():
+        own = [c for c in components if c.side == side]
+        curves = {side: calibration.curves[budget.family, side]}
+        found += total_distortion(own, [allocation.bits[side][c.layer][c.head] for c in own], curves)
+        equal += total_distortion(own, [budget.bits] * len(own), curves)
+    return found / equal
 
 
-def _optimum(components: list[Component], calibration: Calibration, config: Any) -> dict[tuple[str, int], list[float]]:
-    found: dict[tuple[str, int], list[float]] = {}
-    budgets = {side: budget for side, budget in zip(SIDES, config.budgets, strict=True) if budget is not None}
-    pools = [tuple(budgets)] if len(set(budgets.values())) == 1 else [(side,) for side in budgets]
-    for pool in pools:
-        own = [c for c in components if c.side in pool]
-        budget = budgets[pool[0]]
-        curves = [calibration.curves[budget.family, c.side] for c in own]
-        weights = [max(c.weight, 1e-30) * curve.alpha for c, curve in zip(own, curves, strict=True)]
-        beta = sum(curve.beta for curve in curves) / len(curves)
-        for component, real in zip(own, optimal_bits(weights, budget.bits, beta), strict=True):
-            found.setdefault((component.side, component.layer), []).append(real)
-    return found
+def _average(components: Sequence[Component], allocation: Allocation, sides: Sequence[str]) -> float:
+    """Bits an element of some sides."""
+    own = [c for c in components if c.side in sides]
+    bits = sum(c.elements * allocation.bits[c.side][c.layer][c.head] for c in own)
+    return bits / sum(c.elements for c in own)
+
+
+def _print_bits(allocation: Allocation) -> None:
+    """A line a layer: whole bits of its heads, with the optimum in brackets."""
+    cells = {
+        side: {
+            layer: " ".join(f"{whole}({real:.1f})" for whole, real in zip(heads, real_heads, strict=True))
+            for (layer, heads), real_heads in zip(layers.items(), allocation.optimum[side].values(), strict=True)
+        }
+        for side, layers in allocation.bits.items()
+    }
+    heads = {side: f"bits of {side} heads (optimum)" for side in cells}
+    widths = {side: max(len(heads[side]), *map(len, column.values())) for side, column in cells.items()}
+    print("layer  " + "  ".join(f"{heads[side]:{width}s}" for side, width in widths.items()).rstrip())
+    for layer in next(iter(cells.values())):
+        line = "  ".join(f"{cells[side][layer]:{width}s}" for side, width in widths.items())
+        print(f"{layer:5d}  {line}".rstrip())
 
 
 def add_commands(commands: Any) -> None:
@@ -176,8 +214,15 @@ def add_commands(commands: Any) -> None:
         "--out", metavar="FILE", help=f"a .safetensors file (default: {FILE_NAME} in the model's folder, found there)"
     )
     parser.add_argument("--sequences", type=positive, default=9, metavar="N", help="default: 9")
-    parser.add_argument("--length", type=positive, default=256, metavar="N", help="tokens of a sequence (default: 256)")
+    parser.add_argument(
+        "--length",
+        type=positive,
+        default=256,
+        metavar="N",
+        help="tokens of a sequence; memory grows with its square (default: 256)",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawn tokens (default: 0)")
+    add_arch_option(parser)
     add_weight_options(parser)
 
     push = add_command(
