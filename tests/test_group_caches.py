@@ -258,6 +258,19 @@ def test_copies_and_restored_caches_go_on_alike(scheme: str, window: int | None)
         go_on(seen, later)
 
 
+def test_restored_planes_have_the_same_room() -> None:
+    """Planes of a row a token have slack in long caches; those of a row a group never have."""
+    seen = watched("kivi2", frame=False)
+    seen.append(5000, check=False)
+    for _ in range(GROUP):
+        seen.append(1, check=False)
+    assert seen.cache.plane_rows > seen.cache.packed_tokens and shared_rows(seen.cache) == {156}
+    again = seen.copied()
+    again.cache = restored(seen.cache)
+    assert again.cache.plane_rows == seen.cache.plane_rows and shared_rows(again.cache) == {156}
+    go_on(seen, again)
+
+
 @pytest.mark.parametrize("scheme", [*SCHEMES, "tq2+tq2.5", "kivi4,sinks=0,recent=0", "tq4,rotation=dense"])
 def test_files_hold_caches_of_every_codec(scheme: str, tmp_path: Path) -> None:
     """Codecs with dots and pluses in their names, and rows that were cut."""
