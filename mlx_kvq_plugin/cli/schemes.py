@@ -252,8 +252,7 @@ def add_commands(commands: Any) -> None:
         "--live, which runs the model.",
         "  kvq inspect demo:gemma3\n"
         "  kvq inspect demo:smollm2 --live --kv-scheme rvq1 --prompt @text.txt\n"
-        "  kvq inspect mlx-community/Qwen3-8B-4bit --kv-scheme rvq1 --kv-scheme tq4,edges=2\n"
-        "  kvq inspect ./model --contexts 4096 65536 --json\n"
+        "  kvq inspect ./model --kv-scheme rvq1 --kv-scheme tq4,edges=2 --contexts 4096 65536 --json\n"
         "  kvq inspect --allocation kvq_calibration.safetensors --kv-scheme tq@2.5 --plot bits.png",
     )
     inspect.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
