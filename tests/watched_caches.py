@@ -24,6 +24,12 @@ from mlx_kvq_plugin.routing import RoutedAttention
 from mlx_kvq_plugin.schemes import parse_scheme
 from mlx_kvq_plugin.sliding import SlidingKVQCache
 
+GROUP = 32  # of kivi
+KIVI = ("kivi2", "kivi4", "kivi2+tq2.5")
+SOME = ("kivi2", "kivi2+tq2.5", "tq2.5", "tq3+tq2")
+SCHEMES = (*KIVI, "tq2.5", "tq4o16", "tq3+tq2", "qjl1", "tqprod3", "polar4", "grouped4", "turbo0v4")
+WINDOW = 150  # no multiple of a group
+
 HEADS, KV_HEADS, D, SCALE = 4, 2, 32, 0.3
 ROTARY = Rotary("half", tuple(10000.0 ** (-j / 16) for j in range(16)))
 ROUTED = RoutedAttention(scaled_dot_product_attention)
@@ -198,6 +204,26 @@ class Watched:
                 assert own.max() <= EVEN * np.median(own)
                 assert (own < other).all() and (own.size < 8 or own.sum() < self.nearest * other.sum())
                 known[:, :, new] = packed[:, :, new]  # a view of what was seen
+
+
+def watched(scheme: str, window: int | None = None, seed: int = 0, **changes: Any) -> Watched:
+    return Watched(layer_spec(scheme).with_(**changes), window, seed)
+
+
+def filled(scheme: str, tokens: int = 200, window: int | None = None, seed: int = 0, **changes: Any) -> Watched:
+    """A prompt but for the last tokens, which come singly."""
+    found = watched(scheme, window, seed, **changes)
+    found.append(tokens - 20)
+    found.steps(20)
+    found.check()
+    return found
+
+
+def shared_rows(cache: KVQCache) -> set[int]:
+    """Rows in the planes with a row for several tokens."""
+    names = [name for names in cache._shared_planes() for name in names]
+    planes = {**cache.key_planes, **cache.value_planes}
+    return {planes[name].shape[2] for name in names}
 
 
 def attention_on(cache: Any, qkv: list[mx.array], window: int | None) -> np.ndarray:
