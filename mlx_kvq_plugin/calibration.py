@@ -30,7 +30,7 @@ from .allocation import (
 )
 from .allocation import allocate as allocate_components
 from .codecs import get_codec, list_codecs
-from .config import KVQConfig
+from .config import SIDE_SCALING, KVQConfig
 from .corpus import CORPUS, corpus_text
 from .errors import CalibrationError, CodecError
 from .prompt_cache import model_fingerprint
@@ -224,7 +224,7 @@ def _curves(samples: Mapping[tuple[str, int], list[mx.array]]) -> dict[tuple[str
             if len(rates) < 2 or (side == VALUE and not get_codec(f"{family}{rates[0]}").values):
                 continue
             try:
-                curves[family, side] = fit_distortion_curve(family, data)
+                curves[family, side] = fit_distortion_curve(family, data, scaling=SIDE_SCALING[side])
             except CodecError:  # a head size that the family cannot do
                 continue
     return curves
