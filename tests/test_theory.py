@@ -121,6 +121,15 @@ def test_standard_errors_are_those_of_repeated_measurements() -> None:
         assert np.std(values, ddof=1) == pytest.approx(stated, rel=0.5)
 
 
+def test_what_scatters_by_seed_is_told_by_the_seeds() -> None:
+    by_seed = np.random.default_rng(0).standard_normal(theory.SEEDS)
+    noise = 0.01 * np.random.default_rng(1).standard_normal(theory.SEEDS * 500)
+    error = theory._standard_error(np.repeat(by_seed, 500) + noise)
+    assert error == pytest.approx(np.std(by_seed, ddof=1) / 4, rel=0.01)
+    shuffled = np.random.default_rng(2).permutation(np.repeat(by_seed, 500))
+    assert theory._standard_error(shuffled) < 0.1 * error
+
+
 def test_equal_arguments_give_equal_measurements() -> None:
     names = ["tq2", "qjl1"]
     assert validate_codecs(names, 32, 4096) == validate_codecs(names, 32, 4096)
