@@ -320,13 +320,12 @@ class KVQCache(_BaseCache):
         needed = self._tokens_to_freeze()
         if self._dense < needed:
             return False
-        count, energy = self._dense, self._query_energy
+        count, energy, before = self._dense, self._query_energy, self._dense - self._newest
         if self._waits:  # as many as when single steps would have frozen them
-            before = self._dense - self._newest
             count = max(needed, self.spec.sinks + self.spec.recent + self.block, before + 1)
-            if self._step_energy is not None:
-                own = mx.sum(self._step_energy[..., : count - before, :], axis=2, keepdims=True)
-                energy = own if energy is None else energy + own
+        if self._step_energy is not None:  # also of the one token that is left when the others were trimmed
+            own = mx.sum(self._step_energy[..., : count - before, :], axis=2, keepdims=True)
+            energy = own if energy is None else energy + own
         keys, values = (x[..., :count, :] for x in (self.dense_keys, self.dense_values))
         first = self.offset - self._dense
         skip = max(0, SKIP_TOKENS - first)
@@ -497,7 +496,7 @@ class KVQCache(_BaseCache):
         self._newest = max(0, self._newest - n)
         if self._step_energy is not None:
             self._step_energy = self._step_energy[..., : self._newest, :] if self._newest else None
-        if self._packed == 0:
+        if self._packed == 0 and (from_packed or self._dense == 0):
             self._forget_packed()
         elif from_packed:
             self._fit_planes()

@@ -78,6 +78,22 @@ def test_a_full_window_packs_the_same_groups_in_steps_of_several_tokens(scheme: 
     seen.check()
 
 
+@pytest.mark.parametrize("scheme", ["kivi2", "tq2.5"])
+def test_statistics_outlive_the_packed_tokens_of_a_window(scheme: str) -> None:
+    """A long prompt pushes them out; rejected tokens of the next step are no reason to fit others."""
+    seen = watched(scheme, WINDOW, recent=0, compress_after="prefill")
+    seen.append(100)
+    seen.append(1)
+    assert seen.cache.packed_tokens > 90
+    frame = seen.cache.frame
+    seen.append(WINDOW)
+    assert seen.cache.packed_tokens == 0
+    seen.verify(2, 1)
+    seen.cache.compact()
+    assert seen.cache.packed_tokens > 90 and seen.cache.frame is frame
+    seen.check()
+
+
 # ---- speculative decoding ----------------------------------------------------------------------------------------
 
 

@@ -54,7 +54,9 @@ class Guess:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
-@pytest.mark.parametrize(("scheme", "drafted"), [(EXACT, 2), (EXACT, 5), ("tq4", 2), ("rvq1", 5)])
+@pytest.mark.parametrize(
+    ("scheme", "drafted"), [(EXACT, 2), (EXACT, 5), ("tq4", 2), ("rvq1", 5), ("kivi2,compress_after=prefill", 2)]
+)
 def test_tokens_equal_plain_greedy_decoding(name: str, scheme: str, drafted: int) -> None:
     model = tiny_models.ADAPTED[name]()
     for length in (20, 130):  # with 80 steps the second passes the window of 160
