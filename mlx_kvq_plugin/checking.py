@@ -497,14 +497,20 @@ def _checks(subject: _Subject, compression: Compression, max_kl: float) -> Itera
 
 
 def _check_scheme(
-    model: Any, config: KVQConfig, tokens: list[int], known: dict[tuple[Any, ...], mx.array], arch: str, max_kl: float
+    model: Any,
+    config: KVQConfig,
+    tokens: list[int],
+    known: dict[tuple[Any, ...], mx.array],
+    arch: str,
+    source: str,
+    max_kl: float,
 ) -> Iterator[tuple[str, Outcome]]:
     before, original = _footprint(model), getattr(model, "make_cache", None)
 
     def stock() -> list[Any]:
         return [mlx_cache.KVCache() for _ in model.layers] if original is None else list(original())
 
-    with compress(model, config, unknown_arch=arch) as compression:
+    with compress(model, config, unknown_arch=arch, source=source) as compression:
         subject = _Subject(model, tokens, min(32, len(tokens) // 8), stock, _window(compression), known)
         yield from _checks(subject, compression, max_kl)
     gc.collect()  # caches read from a file keep their attention routed while they live
@@ -519,6 +525,7 @@ def check_model(
     *,
     tokens: int = 256,
     unknown_arch: str = "error",
+    source: str = "",
     max_kl: float = MAX_KL,
     done: Callable[[Check], None] = lambda check: None,
 ) -> CheckReport:
@@ -529,7 +536,7 @@ def check_model(
         tokenizer: its tokenizer, to feed it English text; without one it is fed arbitrary tokens.
         schemes: scheme strings or configs.
         tokens: how many tokens are fed, at least `LEAST_TOKENS`; more than a sliding window to check past it.
-        unknown_arch: as for `compress`.
+        unknown_arch, source: as for `compress`.
         max_kl: nats a token, on average over the compared positions, by which a lossy scheme may differ from mlx-lm's
             caches.
         done: called with each check when it is finished.
@@ -552,7 +559,7 @@ def check_model(
     checks: list[Check] = []
     for config in [identity, *(config for config in configs if config != identity)]:
         try:
-            for name, (status, detail) in _check_scheme(model, config, fed, known, unknown_arch, max_kl):
+            for name, (status, detail) in _check_scheme(model, config, fed, known, unknown_arch, source, max_kl):
                 checks.append(Check(format_scheme(config), name, status, detail))
                 done(checks[-1])
         except KVQError as error:  # compress refuses: the model altogether, or this scheme for it

@@ -64,7 +64,7 @@ def test_a_calibration_goes_next_to_the_model_and_is_used_there(run: Run, bare: 
     assert float(lines[0][3]) == pytest.approx(predicted_gain(weights), abs=0.006)
     assert run(*ask)[0] == 0
     code, out, _ = run("inspect", folder, "--kv-scheme", "tq@2.5", "--contexts", 1000)
-    assert code == 0 and "scheme tq@2.5" in out and "layers 0: k=" in out
+    assert code == 0 and "scheme tq@2.5" in out and "\n  layers 0" in out
 
 
 def test_texts_sequences_seed_and_path_are_those_asked_for(run: Run, bare: Path, tmp_path: Path) -> None:
@@ -129,6 +129,13 @@ def test_a_wrong_path_fails_before_the_model_is_read(run: Run, bare: Path, monke
     refused(run("calibrate", bare, "--out", "/proc/none/a.safetensors"), "folder")
     monkeypatch.setattr("os.access", lambda *_: False)
     refused(run("calibrate", bare), "must be writable", str(bare))
+
+
+def test_checks_find_the_calibration(run: Run, calibrated: Path) -> None:
+    report = json.loads(run("check", calibrated, "--kv-scheme", "tq@4.5", "--tokens", 160, "--json")[1])
+    found = {check["name"]: check["status"] for check in report["checks"] if check["scheme"] == "tq@4.5"}
+    assert "compress" not in found
+    assert {found[name] for name in ("save and load", "deep copy", "another thread", "undo")} == {"exact"}
 
 
 # ---- inspect --allocation --------------------------------------------------------------------------------------------

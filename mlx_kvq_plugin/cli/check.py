@@ -38,6 +38,7 @@ def _run_check(options: argparse.Namespace) -> int:
         schemes,
         tokens=options.tokens,
         unknown_arch=options.unknown_arch,
+        source=loaded.source,
         max_kl=options.max_kl,
         done=show,
     )
