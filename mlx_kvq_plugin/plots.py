@@ -8,12 +8,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from .contenders import AFFINE
 from .errors import KVQError
 from .results import SchemeResult, pareto_front
-from .ruler import AFFINE
 
 OURS, THEIRS, FRONT = "#1f5fa8", "#c2571a", "#444444"
-LABEL_SIZE = 7.5
+LABEL_SIZE, MARK_SIZE = 7.5, 4.7  # points
 DISTANCES = (5, 11, 18, 27, 38, 52, 70)  # points from a mark to its label; farther ones get a line
 DIRECTIONS = tuple((math.cos(a * math.pi / 8), math.sin(a * math.pi / 8)) for a in (1, 15, 7, 9, 3, 13, 5, 11, 4, 12))
 
@@ -40,6 +40,11 @@ def plot_frontier(rows: Sequence[SchemeResult], path: Path, title: str) -> None:
     Raises:
         KVQError: without matplotlib, or when no scheme has a KL above 0.
     """
+    frontier_figure(rows, title).savefig(path)
+
+
+def frontier_figure(rows: Sequence[SchemeResult], title: str) -> Any:
+    """The matplotlib figure of `plot_frontier`, with the same arguments and errors."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -66,7 +71,7 @@ def plot_frontier(rows: Sequence[SchemeResult], path: Path, title: str) -> None:
         points = [(row.bits, kl) for row, kl in drawn if row.scheme.startswith(AFFINE) is theirs]
         if points:
             x, y = zip(*points, strict=True)
-            axes.scatter(x, y, s=22, color=color, marker=marker, zorder=2, label=label)
+            axes.scatter(x, y, s=MARK_SIZE**2, color=color, marker=marker, zorder=2, label=label)
     low, high = min(heights.values()), max(heights.values())
     axes.set_ylim(low / 2.5, high * 2.5)
     axes.margins(x=0.08)
@@ -81,7 +86,7 @@ def plot_frontier(rows: Sequence[SchemeResult], path: Path, title: str) -> None:
     if exact:
         axes.annotate("KL 0: " + ", ".join(exact), (0.01, 0.01), xycoords="axes fraction", fontsize=LABEL_SIZE)
     _place_labels(figure, axes, drawn, {row.scheme for row in front}, line.get_xydata())
-    figure.savefig(path)
+    return figure
 
 
 def _place_labels(
@@ -93,18 +98,21 @@ def _place_labels(
     renderer = figure.canvas.get_renderer()
     scale = figure.dpi / 72
     marks = [axes.transData.transform((row.bits, kl)) for row, kl in drawn]
-    taken = [(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale) for x, y in marks]
+    half = MARK_SIZE / 2 * scale + 1
+    taken = [(x - half, y - half, x + half, y + half) for x, y in marks]
     taken.append(axes.get_legend().get_window_extent(renderer).extents)
     for (x, y), (next_x, next_y) in pairwise(axes.transData.transform(line)):
         count = 1 + int(math.dist((x, y), (next_x, next_y)) / (4 * scale))
         places = [(x + (next_x - x) * i / count, y + (next_y - y) * i / count) for i in range(count)]
         taken += [(px - scale, py - scale, px + scale, py + scale) for px, py in places]
     inside = axes.get_window_extent(renderer).extents
-    order = sorted(range(len(drawn)), key=lambda i: (drawn[i][0].scheme not in front, drawn[i][0].bits))
-    for i in order:
-        row, kl = drawn[i]
+    names = [row.scheme for row, _ in drawn]
+    kinds = [(name.startswith(AFFINE), name in front) for name in names]
+    groups = _together(kinds, marks, half / 2)
+    for group in sorted(groups, key=lambda group: (names[group[0]] not in front, drawn[group[0]][0].bits)):
+        row, kl = drawn[group[0]]
         label = axes.annotate(
-            row.scheme,
+            ", ".join(names[i] for i in group),
             (row.bits, kl),
             xytext=(0, 0),
             textcoords="offset points",
@@ -112,15 +120,27 @@ def _place_labels(
             fontweight="bold" if row.scheme in front else "normal",
             color=THEIRS if row.scheme.startswith(AFFINE) else OURS,
         )
-        size = label.get_window_extent(renderer)
-        box = _free_box(marks[i], size.width, size.height, scale, taken, inside)
+        size, mark = label.get_window_extent(renderer), marks[group[0]]
+        box = _free_box(mark, size.width, size.height, scale, taken, inside)
         taken.append(box)
-        offset = ((box[0] - marks[i][0]) / scale, (box[1] - marks[i][1]) / scale)
-        label.set_position(offset)
-        end = (min(max(marks[i][0], box[0]), box[2]), min(max(marks[i][1], box[1]), box[3]))
-        if math.dist(end, marks[i]) > DISTANCES[1] * scale:
-            leader = axes.transData.inverted().transform([marks[i], end])
-            axes.plot(leader[:, 0], leader[:, 1], color="#999999", linewidth=0.5, zorder=0.5)
+        label.set_position(((box[0] - mark[0]) / scale, (box[1] - mark[1]) / scale))
+        end = (min(max(mark[0], box[0]), box[2]), min(max(mark[1], box[1]), box[3]))
+        if math.dist(end, mark) > 1.5 * DISTANCES[0] * scale:
+            leader = axes.transData.inverted().transform([mark, end])
+            axes.plot(leader[:, 0], leader[:, 1], color="#888888", linewidth=0.6, zorder=0.5)
+
+
+def _together(kinds: Sequence[Any], marks: Sequence[Any], near: float) -> list[list[int]]:
+    """Marks of one kind that look like one, by number: they get one label."""
+    groups: list[list[int]] = []
+    for i, (kind, mark) in enumerate(zip(kinds, marks, strict=True)):
+        for group in groups:
+            if kinds[group[0]] == kind and math.dist(marks[group[0]], mark) < near:
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return groups
 
 
 Box = tuple[float, float, float, float]

@@ -15,6 +15,10 @@ import mlx.core as mx
 from .evaluation import LAST, Fidelity
 from .needle import Retrieval
 
+ROUNDING = 1e-3  # of a mean KL: schemes with the same codes under two names may differ by as much
+
+_BYTES = ("nbytes", "nbytes_16bit", "fp16_nbytes")
+
 
 @dataclass(frozen=True)
 class TextResult:
@@ -34,7 +38,10 @@ class SchemeResult:
         note: what is left to mlx-lm, if anything.
         bits: per element of packed keys and values in 16-bit models, everything that is stored with them counted;
             the average of all layers with keys and values, where those left to mlx-lm have 16.
-        nbytes, fp16_nbytes: bytes held at the end by the caches of all texts, and of the same tokens in 16 bits.
+        nbytes: bytes that the caches of all texts really hold at the end, slack and statistics counted.
+        nbytes_16bit: the same if the model computed in 16 bits, which is what tokens kept dense then take; in a model
+            of 32 bits they take twice as much.
+        fp16_nbytes: of the same tokens in 16 bits, without slack.
         overall: the fidelity over all texts.
         texts: by the names of the texts.
         needle: one for each depth; empty if it was not asked for.
@@ -46,6 +53,7 @@ class SchemeResult:
     note: str = ""
     bits: float = 0.0
     nbytes: int = 0
+    nbytes_16bit: int = 0
     fp16_nbytes: int = 0
     overall: Fidelity | None = None
     texts: Mapping[str, TextResult] = field(default_factory=dict)
@@ -56,6 +64,11 @@ class SchemeResult:
     def ratio(self) -> float:
         """fp16 bytes over bytes held."""
         return self.fp16_nbytes / self.nbytes if self.nbytes else 1.0
+
+    @property
+    def ratio_16bit(self) -> float:
+        """fp16 bytes over those that a model of 16 bits holds."""
+        return self.fp16_nbytes / self.nbytes_16bit if self.nbytes_16bit else 1.0
 
     @property
     def greedy(self) -> float:
@@ -71,8 +84,10 @@ class SchemeResult:
             "note": self.note,
             "bits": self.bits,
             "nbytes": self.nbytes,
+            "nbytes_16bit": self.nbytes_16bit,
             "fp16_nbytes": self.fp16_nbytes,
             "ratio": self.ratio,
+            "ratio_16bit": self.ratio_16bit,
             "greedy": self.greedy,
             **asdict(self.overall),
             "texts": {name: {**asdict(text.fidelity), "greedy": text.greedy} for name, text in self.texts.items()},
@@ -93,7 +108,7 @@ class SchemeResult:
             return tuple(Retrieval(**_numbers(depth)) for depth in found)
 
         return SchemeResult(
-            **{name: row[name] for name in ("scheme", "note", "bits", "nbytes", "fp16_nbytes")},
+            **{name: row[name] for name in ("scheme", "note", "bits", *_BYTES)},
             overall=fidelity(row),
             texts={name: TextResult(fidelity(found), found["greedy"]) for name, found in row["texts"].items()},
             needle=needle(row["needle"]),
@@ -102,15 +117,20 @@ class SchemeResult:
 
 
 def pareto_front(rows: Sequence[SchemeResult]) -> list[SchemeResult]:
-    """Those of the rows that no other one beats in bits and mean KL, by growing bits."""
-    measured = [(row.bits, row.overall.kl_mean, row) for row in rows if row.overall is not None]
-    front: list[SchemeResult] = []
-    best = float("inf")
-    for _, kl, row in sorted(measured, key=lambda found: found[:2]):
-        if kl < best:
-            front.append(row)
-            best = kl
-    return front
+    """Those of the rows that no other one beats in bits and mean KL, by growing bits; equals stand side by side.
+
+    Mean KL that differ by less than the fraction `ROUNDING` count as equal.
+    """
+
+    def beats(other: SchemeResult, row: SchemeResult) -> bool:
+        assert other.overall is not None and row.overall is not None
+        if math.isclose(other.bits, row.bits):
+            return other.overall.kl_mean < row.overall.kl_mean * (1 - ROUNDING)
+        return other.bits < row.bits and other.overall.kl_mean <= row.overall.kl_mean
+
+    measured = [row for row in rows if row.overall is not None and math.isfinite(row.overall.kl_mean)]
+    front = [row for row in measured if not any(beats(other, row) for other in measured)]
+    return sorted(front, key=lambda row: row.bits)
 
 
 def machine() -> str:
@@ -132,6 +152,7 @@ class Measurement:
         machine: as `machine` says.
         dtype: of the keys and values that mlx-lm's caches would hold, an MLX dtype name.
         rows: in the order of the schemes.
+        joint: as for `measure`.
     """
 
     model: str
@@ -141,6 +162,7 @@ class Measurement:
     machine: str
     dtype: str
     rows: tuple[SchemeResult, ...]
+    joint: bool = True
 
     def to_json(self) -> str:
         """One JSON object; numbers that are not finite become null."""
@@ -172,7 +194,7 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 HEAD = (
-    *("scheme", "text", "bits", "MiB", "ratio", "KL mean", "median", "p99", "max", f"last {LAST}"),
+    *("scheme", "text", "bits", "MiB", "ratio", "16-bit ratio", "KL mean", "median", "p99", "max", f"last {LAST}"),
     *("top-1", "perplexity (fp16)", "greedy"),
 )
 
@@ -187,7 +209,7 @@ def table(rows: Sequence[SchemeResult], texts: bool = True) -> list[list[str]]:
     for row in rows:
         if row.overall is None:
             continue
-        held = [f"{row.bits:.2f}", f"{row.nbytes / 2**20:.2f}", f"{row.ratio:.2f}x"]
+        held = [f"{row.bits:.2f}", f"{row.nbytes / 2**20:.2f}", f"{row.ratio:.2f}x", f"{row.ratio_16bit:.2f}x"]
         margins = [
             f"{found.margin:.2f} ({stock.margin:.2f})"
             for found, stock in zip(row.needle, row.reference_needle, strict=True)
@@ -197,7 +219,7 @@ def table(rows: Sequence[SchemeResult], texts: bool = True) -> list[list[str]]:
         if texts and len(row.texts) > 1:
             for name, text in row.texts.items():
                 cells = _fidelity_cells(text.fidelity, f"{text.greedy}")
-                lines.append(["", name, "", "", "", *cells, *("" for _ in margins)])
+                lines.append(["", name, *("" for _ in held), *cells, *("" for _ in margins)])
     return lines
 
 

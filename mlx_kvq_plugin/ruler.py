@@ -3,49 +3,39 @@
 Texts of equal length are the rows of one batch. After a prefill every token is a step of its own through the real
 compressed cache, and the same step runs through mlx-lm's caches on the same weights: both at once, so that log
 probabilities `(B, V)` are reduced to scalars and forgotten. Reference and schemes share one routed model, which sends
-mlx-lm's caches to mlx-lm's own attention; fp16 against fp16 is exactly 0 in every distance.
+mlx-lm's caches to mlx-lm's own attention.
 
-Beside this package's schemes the ruler runs mlx-lm's quantized caches, as `mlx-affine8` to `mlx-affine2`.
+Where the model allows it several schemes and the reference are rows of one forward (lockstep.py). Schemes that lose
+nothing always run alone, as the reference beside them does: fp16 against fp16 is exactly 0 in every distance.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache
 
-from .cache import KVQCache
 from .config import FP16
-from .errors import KVQError, SchemeError, UnsupportedModelError
+from .contenders import AFFINE_SCHEMES, Contender, affine_bits, make_contender
+from .errors import KVQError
 from .evaluation import Scores, agreement, divergence, logprobs
-from .loading import LayerPlan, compress, make_prompt_cache
+from .layouts import CHUNK
+from .loading import compress
+from .lockstep import can_join, joint_chunk, joint_logits, lockstep, lockstep_modules
 from .needle import Haystack, Retrieval, retrieve
 from .report import cache_report
 from .results import SchemeResult, TextResult
+from .routing import Globals
 from .schemes import list_schemes, parse_scheme
 
-AFFINE = "mlx-affine"
-AFFINE_BITS = (8, 6, 5, 4, 3, 2)
-AFFINE_GROUPS = (64, 32)  # the first one that divides the head sizes
 ROUTES = "identity,sinks=0,recent=0"  # compresses every layer that any scheme does, so that all of them are routed
 TOGETHER = 8  # schemes whose caches are held at a time; the reference runs once for each so many
-CHUNK = 2048  # tokens of a prefill chunk, as in mlx-lm
 
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
-
-
-def affine_bits(name: str) -> int | None:
-    """Bits of `mlx-affine4` and its like, `None` for schemes of this package; raises `SchemeError`."""
-    if not name.startswith(AFFINE):
-        return None
-    if name not in {f"{AFFINE}{bits}" for bits in AFFINE_BITS}:
-        known = ", ".join(f"{AFFINE}{bits}" for bits in AFFINE_BITS)
-        raise SchemeError(f"mlx-lm's quantized caches must be one of {known}, got {name!r}; write one of these names")
-    return int(name.removeprefix(AFFINE))
 
 
 def check_scheme(name: str) -> None:
@@ -57,7 +47,7 @@ def check_scheme(name: str) -> None:
 def all_schemes(head_dim: int) -> list[str]:
     """Every named scheme and every one of a single codec, without those that lose nothing, and mlx-lm's caches."""
     lossy = [row.name for row in list_schemes(head_dim) if row.bits is None or not _lossless(row.name)]
-    return lossy + [f"{AFFINE}{bits}" for bits in AFFINE_BITS]
+    return [*lossy, *AFFINE_SCHEMES]
 
 
 def _lossless(name: str) -> bool:
@@ -69,102 +59,6 @@ def head_dim(model: Any, unknown_arch: str = "error") -> int:
     """The head size of the model's first layer with keys and values."""
     with compress(model, FP16, unknown_arch=unknown_arch) as compression:
         return next(plan.geometry.key_dim for plan in compression.maker.plan() if plan.geometry.kv_heads)
-
-
-# ---- caches of one scheme --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Contender:
-    """A scheme with fresh caches.
-
-    Attributes:
-        scheme, bits, note: as in `SchemeResult`.
-        caches: changed by every call.
-        affine: bits and group size of mlx-lm's quantized caches, which `caches` become in the prefill.
-    """
-
-    scheme: str
-    bits: float
-    note: str
-    caches: list[Any]
-    affine: tuple[int, int] | None = None
-
-    def prefill(self, model: Any, tokens: mx.array, chunk: int = CHUNK) -> None:
-        """Feed `(B, L)` in chunks; the logits are never computed."""
-        for start in range(0, tokens.shape[1], chunk):
-            model(tokens[:, start : start + chunk], cache=self.caches)
-            if self.affine is not None:
-                bits, group = self.affine
-                for i, cache in enumerate(self.caches):
-                    if type(cache) is KVCache:
-                        self.caches[i] = cache.to_quantized(group_size=group, bits=bits)
-            mx.eval([cache.state for cache in self.caches])
-
-    def step(self, model: Any, tokens: mx.array) -> mx.array:
-        """Logits `(B, V)` after one more token a row, `(B, 1)`."""
-        logits: mx.array = model(tokens, cache=self.caches)[:, -1]
-        return logits
-
-    def copied(self) -> _Contender:
-        """The same with caches of its own."""
-        return _Contender(self.scheme, self.bits, self.note, copy.deepcopy(self.caches), self.affine)
-
-
-def _contender(model: Any, name: str, unknown_arch: str, source: str) -> _Contender:
-    """Fresh caches of a scheme; raises `KVQError` for what the model cannot do."""
-    affine = affine_bits(name)
-    with compress(model, FP16 if affine else name, unknown_arch=unknown_arch, source=source) as compression:
-        plans, caches = compression.maker.plan(), make_prompt_cache(model)
-    layers = [(plan, cache) for plan, cache in zip(plans, caches, strict=True) if plan.geometry.kv_heads]
-    if affine is None:
-        sides = [_codec_bits(plan, cache) for plan, cache in layers]
-        note = _left([plan.reason for plan, _ in layers if plan.spec is None], len(layers)) if name != FP16 else ""
-        return _Contender(name, _average(layers, sides), note, caches)
-    dims = [dim for plan, cache in layers if type(cache) is KVCache for dim in _dims(plan)]
-    group = next((size for size in AFFINE_GROUPS if all(dim % size == 0 for dim in dims)), None)
-    if group is None or not dims:
-        raise UnsupportedModelError(
-            f"mlx-lm's quantized caches must have KVCache layers whose head size is a multiple of "
-            f"{AFFINE_GROUPS[-1]}, got {sorted(set(dims)) or 'none'}; leave {name} out"
-        )
-    stored = affine + 32 / group  # a scale and a bias of 16 bits
-    sides = [(stored, stored) if type(cache) is KVCache else (16.0, 16.0) for _, cache in layers]
-    kept = [f"mlx-lm cannot quantize a {type(cache).__name__}" for _, cache in layers if type(cache) is not KVCache]
-    return _Contender(name, _average(layers, sides), _left(kept, len(layers)), caches, (affine, group))
-
-
-def _dims(plan: LayerPlan) -> tuple[int, int]:
-    return plan.geometry.key_dim, plan.geometry.value_dim
-
-
-def _codec_bits(plan: LayerPlan, cache: Any) -> tuple[float, float]:
-    """Bits per element of keys and of values."""
-    if plan.geometry.member is not None:
-        cache = cache.caches[plan.geometry.member]
-    if not isinstance(cache, KVQCache):
-        return 16.0, 16.0
-    keys, values = _dims(plan)
-    return cache.key_codec.bits_per_element(keys), cache.value_codec.bits_per_element(values)
-
-
-def _average(layers: Sequence[tuple[LayerPlan, Any]], sides: Sequence[tuple[float, float]]) -> float:
-    """Bits per element over all layers, by the elements that a token has in each."""
-    bits, elements = 0.0, 0
-    for (plan, _), (keys, values) in zip(layers, sides, strict=True):
-        key_dim, value_dim = _dims(plan)
-        bits += plan.geometry.kv_heads * (key_dim * keys + value_dim * values)
-        elements += plan.geometry.kv_heads * (key_dim + value_dim)
-    return bits / elements
-
-
-def _left(reasons: Sequence[str], layers: int) -> str:
-    if not reasons:
-        return ""
-    return f"{len(reasons)} of {layers} layers stay as they are: {'; '.join(dict.fromkeys(reasons))}"
-
-
-# ---- measuring -------------------------------------------------------------------------------------------------------
 
 
 def _silent(what: str, done: int, of: int) -> None:
@@ -181,6 +75,7 @@ def measure(
     haystack: Haystack | None = None,
     unknown_arch: str = "error",
     source: str = "",
+    joint: bool = True,
     progress: Progress = _silent,
 ) -> Iterator[SchemeResult]:
     """Measure schemes against mlx-lm's caches, in their order; results come in groups of `TOGETHER`.
@@ -193,10 +88,12 @@ def measure(
         steps: tokens fed singly after the prefill; of a greedy continuation as many are compared.
         haystack: what to retrieve, if anything (needle.py).
         unknown_arch, source: as for `compress`.
+        joint: several schemes in one forward where the model allows it: faster, but products of other shapes round
+            differently, and a scheme that rounds coarsely makes that visible (a few percent of its mean KL).
         progress: called with what is being done, and how much of it.
 
-    Memory on top of the model: the caches of all texts, twice, for `TOGETHER` schemes and the reference, and the
-    log probabilities `(B, V)` of two steps.
+    Memory on top of the model: the caches of all texts, twice, for `TOGETHER` schemes and the reference, and their
+    logits `(B, V)` of a step, three times.
 
     Raises:
         KVQError: for a text that is too short.
@@ -209,11 +106,11 @@ def measure(
                 f"in {name}; give a longer text or ask for fewer tokens"
             )
     tokens = mx.array([list(ids[: prefill + steps]) for ids in texts.values()])
-    bench = _Bench(model, tuple(texts), tokens, prefill, haystack, unknown_arch, source, progress)
+    bench = _Bench(model, tuple(texts), tokens, prefill, haystack, unknown_arch, source, joint, progress)
     needle: tuple[Retrieval, ...] = ()
     if haystack is not None:
         reference = bench.contender(FP16)
-        with compress(model, ROUTES, unknown_arch=unknown_arch):
+        with bench.routed():
             needle = bench.retrieved(reference)
     for start in range(0, len(schemes), TOGETHER):
         yield from bench.group(schemes[start : start + TOGETHER], needle)
@@ -230,6 +127,7 @@ class _Bench:
     haystack: Haystack | None
     unknown_arch: str
     source: str
+    joint: bool
     progress: Progress
 
     @property
@@ -237,90 +135,116 @@ class _Bench:
         """Tokens after the prefill."""
         return int(self.tokens.shape[1]) - self.prefill
 
-    def contender(self, scheme: str) -> _Contender:
+    def contender(self, scheme: str) -> Contender:
         """A scheme with fresh caches; raises `KVQError` for what the model cannot do."""
-        return _contender(self.model, scheme, self.unknown_arch, self.source)
+        return make_contender(self.model, scheme, self.unknown_arch, self.source)
 
     def group(self, schemes: Sequence[str], needle: tuple[Retrieval, ...]) -> list[SchemeResult]:
         """The results of a few schemes, whose caches are all held at once."""
-        reference, contenders, errors = self.contender(FP16), list[_Contender](), dict[str, str]()
-        for scheme in schemes:
+        contenders, results = list[Contender](), dict[str, SchemeResult]()
+        for scheme in dict.fromkeys(schemes):
             try:
                 contenders.append(self.contender(scheme))
             except KVQError as error:
-                errors[scheme] = " ".join(str(error).split())
-        unused = {contender.scheme: contender.copied() for contender in contenders}
-        with compress(self.model, ROUTES, unknown_arch=self.unknown_arch):
-            reference.prefill(self.model, self.tokens[:, : self.prefill])
-            for i, contender in enumerate(list(contenders)):
-                self.progress(f"{contender.scheme}: prefill", i, len(contenders))
-                try:
-                    contender.prefill(self.model, self.tokens[:, : self.prefill])
-                    if contender.affine is not None:  # the first chunk saw dense keys
-                        mx.eval(contender.copied().step(self.model, self.tokens[:, :1]))
-                except Exception as error:  # each model file that cannot read quantized keys raises something else
-                    if contender.affine is None:
-                        raise
-                    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                    errors[contender.scheme] = f"mlx-lm's quantized caches do not run on this model: {reason}"
-                    contenders.remove(contender)
-            lengths = self.greedy_lengths(reference, contenders)
-            scores = self.teacher_forced(reference, contenders)
-            retrieved = [self.retrieved(unused[contender.scheme]) for contender in contenders]
-        results = {scheme: SchemeResult(scheme, error=error) for scheme, error in errors.items()}
-        fp16_nbytes = cache_report(reference.caches).fp16_nbytes
-        for contender, length, score, found in zip(contenders, lengths, scores, retrieved, strict=True):
-            results[contender.scheme] = SchemeResult(
+                results[scheme] = SchemeResult(scheme, error=" ".join(str(error).split()))
+        for exact in (False, True):
+            some = [contender for contender in contenders if contender.exact is exact]
+            if some:
+                found = self.measured(some, needle, joint=self.joint and not exact)
+                results.update((result.scheme, result) for result in found)
+        return [results[scheme] for scheme in schemes]
+
+    def measured(
+        self, contenders: Sequence[Contender], needle: tuple[Retrieval, ...], joint: bool
+    ) -> Iterator[SchemeResult]:
+        """The results of contenders with fresh caches; `joint`: in one forward, if the model can."""
+        reference = self.contender(FP16)
+        fresh = {contender.scheme: contender.copied() for contender in contenders}
+        with self.routed() as modules:
+            joint = joint and bool(modules) and all(can_join(run.caches) for run in (reference, *contenders))
+            errors = self.prefilled([reference, *contenders], joint)
+            yield from (SchemeResult(scheme, error=error) for scheme, error in errors.items())
+            running = [contender for contender in contenders if contender.scheme not in errors]
+            scores, lengths = self.stepped([reference, *running], joint)
+            found = [self.retrieved(fresh[contender.scheme]) for contender in running]
+        held = (len(self.names), int(self.tokens.shape[1]), self.steps)
+        for i, contender in enumerate(running):
+            yield SchemeResult(
                 contender.scheme,
                 note=contender.note,
                 bits=contender.bits,
-                nbytes=cache_report(contender.caches).nbytes,
-                fp16_nbytes=fp16_nbytes,
-                overall=score.fidelity(),
-                texts={name: TextResult(score.row(i).fidelity(), length[i]) for i, name in enumerate(self.names)},
-                needle=found,
+                nbytes=contender.nbytes,
+                nbytes_16bit=contender.nbytes_16bit(*held),
+                fp16_nbytes=cache_report(reference.caches).fp16_nbytes,
+                overall=scores[i].fidelity(),
+                texts={
+                    name: TextResult(scores[i].row(row).fidelity(), lengths[i][row])
+                    for row, name in enumerate(self.names)
+                },
+                needle=found[i],
                 reference_needle=needle,
             )
-        return [results[scheme] for scheme in schemes]
 
-    def greedy_lengths(self, reference: _Contender, contenders: Sequence[_Contender]) -> list[list[int]]:
-        """How many greedy tokens of each text are the reference's, of at most `steps`; leaves the caches as they are.
+    @contextmanager
+    def routed(self) -> Iterator[list[Globals]]:
+        """The model with its attention routed for all kinds of caches; what `lockstep_modules` says of it."""
+        with compress(self.model, ROUTES, unknown_arch=self.unknown_arch) as compression:
+            modules = lockstep_modules(compression.maker)
+            with lockstep(modules):
+                yield modules
 
-        Up to its first other token a free-running scheme is fed the reference's tokens, so all are fed these, each
-        until none of its texts still agrees.
+    def prefilled(self, runs: Sequence[Contender], joint: bool) -> dict[str, str]:
+        """Feed the first tokens to the caches of all runs; why it failed, by scheme."""
+        tokens, errors = self.tokens[:, : self.prefill], dict[str, str]()
+        if joint:
+            self.progress(f"{len(runs) - 1} schemes: prefill", 0, 1)
+            joint_chunk(self.model, [run.caches for run in runs], tokens[:, :CHUNK])
+        for i, run in enumerate(runs):
+            self.progress(f"{run.scheme}: prefill", i, len(runs))
+            try:
+                if joint:
+                    run.end_chunk()
+                run.prefill(self.model, tokens[:, CHUNK:] if joint else tokens)
+                if run.affine is not None:  # the first chunk saw dense keys
+                    mx.eval(run.copied().step(self.model, self.tokens[:, :1]))
+            except Exception as error:  # each model file that cannot read quantized keys raises something else
+                if run.affine is None:
+                    raise
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                errors[run.scheme] = f"mlx-lm's quantized caches do not run on this model: {reason}"
+        return errors
+
+    def stepped(self, runs: Sequence[Contender], joint: bool) -> tuple[list[Scores], list[list[int]]]:
+        """Feed what follows the prefill to all caches, a token at a time, while copies of them run freely.
+
+        Args:
+            runs: the reference and its contenders.
+            joint: in one forward.
+
+        Returns:
+            For each contender its scores, and how many greedy tokens of each text are the reference's.
         """
-        new = self.tokens[:, self.prefill : self.prefill + 1]
-        reference, running = reference.copied(), [contender.copied() for contender in contenders]
-        lengths = {contender.scheme: [self.steps] * len(self.names) for contender in contenders}
-        for i in range(self.steps):
-            self.progress("greedy", i, self.steps)
-            if not running:
-                break
-            expected = mx.argmax(reference.step(self.model, new), axis=-1)
-            for contender in list(running):
-                same: Any = (mx.argmax(contender.step(self.model, new), axis=-1) == expected).tolist()
-                length = [
-                    min(known, self.steps if kept else i)
-                    for known, kept in zip(lengths[contender.scheme], same, strict=True)
-                ]
-                lengths[contender.scheme] = length
-                if max(length) < self.steps:
-                    running.remove(contender)
-            new = expected[:, None]
-        return list(lengths.values())
-
-    def teacher_forced(self, reference: _Contender, contenders: Sequence[_Contender]) -> list[Scores]:
-        """Feed what follows the prefill to all caches, a token at a time."""
-        columns = [_Columns() for _ in contenders]
+        columns, free = _Columns(), _FreeRuns([[0] * len(self.names) for _ in runs[1:]])
         for i in range(self.prefill, int(self.tokens.shape[1])):
-            self.progress("steps", i - self.prefill, self.steps)
-            new, following = self.tokens[:, i : i + 1], self.tokens[:, i + 1 : i + 2]  # none follows the last one
-            expected = logprobs(reference.step(self.model, new))
-            for contender, column in zip(contenders, columns, strict=True):
-                column.add(expected, logprobs(contender.step(self.model, new)), following)
-        return [column.scores() for column in columns]
+            self.progress(f"{len(runs) - 1} schemes: steps", i - self.prefill, self.steps)
+            forced, following = self.tokens[:, i : i + 1], self.tokens[:, i + 1 : i + 2]  # none follows the last one
+            caches = [run.caches for run in runs] + list(free.caches.values())
+            tokens = mx.stack([forced] * len(runs) + [free.newest] * len(free.caches))
+            logits = self.logits(caches, tokens, joint)
+            columns.add(logprobs(logits[: len(runs)]), following)
+            if i == self.prefill:  # the one token that both are fed
+                free.add(dict(enumerate(copy.deepcopy(caches))), logits)
+            elif free.caches:
+                free.add(free.caches, logits[len(runs) :])
+        return columns.scores(), free.lengths
 
-    def retrieved(self, contender: _Contender) -> tuple[Retrieval, ...]:
+    def logits(self, caches: Sequence[list[Any]], tokens: mx.array, joint: bool) -> mx.array:
+        """Logits `(N, B, V)` after one more token of each row `(N, B, 1)`."""
+        if joint:
+            return joint_logits(self.model, caches, tokens)
+        return mx.stack([self.model(new, cache=run)[:, -1] for run, new in zip(caches, tokens, strict=True)])
+
+    def retrieved(self, contender: Contender) -> tuple[Retrieval, ...]:
         """What a scheme finds in the haystack, if there is one; needs its caches fresh."""
         if self.haystack is None:
             return ()
@@ -332,24 +256,65 @@ class _Bench:
         )
 
 
+@dataclass
+class _FreeRuns:
+    """Greedy continuations of the reference and of the contenders, each until none of its texts is the reference's.
+
+    Up to its first other token a scheme is fed the reference's tokens, so all are fed these.
+
+    Attributes:
+        lengths: for each contender, of each text, how many tokens are the reference's.
+        caches: by number, the reference's as 0; empty when nothing goes on.
+        newest: the reference's newest tokens `(B, 1)`.
+        steps: tokens so far.
+    """
+
+    lengths: list[list[int]]
+    caches: dict[int, list[Any]] = field(default_factory=dict)
+    newest: mx.array = field(default_factory=lambda: mx.zeros((0, 1), mx.int32))
+    steps: int = 0
+
+    def add(self, caches: Mapping[int, list[Any]], logits: mx.array) -> None:
+        """Choose the next token from logits `(N, B, V)` of so many runs, which go on with `caches`."""
+        likeliest = mx.argmax(logits, axis=-1)
+        same: Any = (likeliest[1:] == likeliest[:1]).tolist()
+        for number, row in zip(list(caches)[1:], same, strict=True):
+            known = self.lengths[number - 1]
+            self.lengths[number - 1] = [
+                length + (kept and length == self.steps) for length, kept in zip(known, row, strict=True)
+            ]
+        self.newest, self.steps = likeliest[0][:, None], self.steps + 1
+        going = [number for number in list(caches)[1:] if max(self.lengths[number - 1]) == self.steps]
+        self.caches = {number: caches[number] for number in [0, *going]} if going else {}
+
+
 @dataclass(frozen=True)
 class _Columns:
-    """The parts of `Scores` while they grow, a column a position."""
+    """The parts of `Scores` while they grow: `(N, B)` a position, N contenders."""
 
     kl: list[mx.array] = field(default_factory=list)
     same: list[mx.array] = field(default_factory=list)
     logprobs: list[mx.array] = field(default_factory=list)
     reference_logprobs: list[mx.array] = field(default_factory=list)
 
-    def add(self, expected: mx.array, found: mx.array, following: mx.array) -> None:
-        """One position of log probabilities `(B, V)`, followed by tokens `(B, 1)`, or `(B, 0)` at the end."""
-        self.kl.append(divergence(expected, found)[:, None])
-        self.same.append(agreement(expected, found)[:, None])
-        self.logprobs.append(mx.take_along_axis(found, following, axis=-1))
-        self.reference_logprobs.append(mx.take_along_axis(expected, following, axis=-1))
-        mx.eval(self.kl[-1], self.same[-1], self.logprobs[-1], self.reference_logprobs[-1])
+    def add(self, found: mx.array, following: mx.array) -> None:
+        """A position.
 
-    def scores(self) -> Scores:
-        """All positions."""
-        parts = (self.kl, self.same, self.logprobs, self.reference_logprobs)
-        return Scores(*(mx.concatenate(part, axis=1) for part in parts))
+        Args:
+            found: log probabilities `(1 + N, B, V)`, the reference's first.
+            following: the next token of every text `(B, 1)`, or `(B, 0)` at the end.
+        """
+        expected, others = found[:1], found[1:]
+        targets = mx.broadcast_to(following, (*found.shape[:2], following.shape[-1]))
+        of_targets = mx.take_along_axis(found, targets, axis=-1)
+        self.kl.append(divergence(expected, others))
+        self.same.append(agreement(expected, others))
+        self.logprobs.append(of_targets[1:])
+        self.reference_logprobs.append(of_targets[:1])
+        mx.eval(self.kl[-1], self.same[-1], of_targets)
+
+    def scores(self) -> list[Scores]:
+        """All positions, for each contender."""
+        kl, same = mx.stack(self.kl, axis=-1), mx.stack(self.same, axis=-1)
+        own, reference = mx.concatenate(self.logprobs, axis=-1), mx.concatenate(self.reference_logprobs, axis=-1)
+        return [Scores(kl[i], same[i], own[i], reference[0]) for i in range(kl.shape[0])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from ..contenders import AFFINE_SCHEMES
 from ..corpus import CORPUS, corpus_text
-from ..needle import Haystack, build_haystack
+from ..needle import build_haystack
 from ..plots import plot_frontier, require_matplotlib
 from ..results import Measurement, SchemeResult, machine, pareto_front, remarks, table
 from ..ruler import Progress, all_schemes, check_scheme, head_dim, measure
@@ -23,12 +24,40 @@ from .models import LoadedModel, load_model
 
 DEFAULT_SCHEMES = ("tq4", "tq3", "rvq1", "mlx-affine4")
 DEPTHS = (0.1, 0.5, 0.9)
+NEEDLE_TOKENS = 1000
 FILLER = "prose"  # of the corpus, for needle retrieval
 PLOTS = (".png", ".svg", ".pdf")
 
 
-def read_texts(tokenizer: Any, files: Sequence[str]) -> dict[str, list[int]]:
-    """Tokens by name, of the corpus or of files; raises `UsageError` for files that cannot be read."""
+def split_schemes(values: Sequence[str]) -> list[str]:
+    """Every scheme of `--schemes` once, in order: `tq4,tq3 rvq1,edges=2,k=tq4,v=tq2` are four.
+
+    A comma stands between schemes and inside one: a part without `=` begins the next scheme, and so does `k=`; any
+    other part belongs to the scheme before it.
+    """
+    found = []
+    for value in values:
+        scheme: list[str] = []
+        for part in filter(None, map(str.strip, value.split(","))):
+            names = {_codec_of(known) for known in scheme}
+            if (_codec_of(part) == "both" and names - {""}) or (_codec_of(part) == "k" and names & {"both", "k"}):
+                found.append(",".join(scheme))
+                scheme = []
+            scheme.append(part)
+        if not scheme:
+            raise UsageError(f"a list of schemes must name one, got {value!r}; write for example tq4,tq3 or rvq1")
+        found.append(",".join(scheme))
+    return list(dict.fromkeys(found))
+
+
+def _codec_of(part: str) -> str:
+    """Which side a part of a scheme names a codec for: `both`, `k`, `v` or ""."""
+    name, equals, _ = part.partition("=")
+    return "both" if not equals else name.strip() if name.strip() in ("k", "v") else ""
+
+
+def read_texts(files: Sequence[str]) -> dict[str, str]:
+    """Texts by name, of the corpus or of files; raises `UsageError` for files that cannot be read."""
     texts = {name: corpus_text(name) for name in CORPUS} if not files else {}
     for name in files:
         if name in texts:
@@ -41,7 +70,7 @@ def read_texts(tokenizer: Any, files: Sequence[str]) -> dict[str, list[int]]:
             ) from error
         except UnicodeDecodeError as error:
             raise UsageError(f"a text file must be UTF-8 text, got {error} in {name!r}; convert it first") from error
-    return {name: list(tokenizer.encode(text)) for name, text in texts.items()}
+    return texts
 
 
 def cache_dtype(model: Any) -> str:
@@ -57,6 +86,8 @@ def _output(value: str, suffixes: Sequence[str]) -> Path:
         raise UsageError(f"a plot must end in one of {', '.join(suffixes)}, got {path.name!r}; rename it")
     if not path.parent.is_dir():
         raise UsageError(f"the folder of an output file must exist, got {str(path.parent)!r}; make it first")
+    if path.is_dir():
+        raise UsageError(f"an output file must not be a folder, got {value!r}; name a file in it")
     return path
 
 
@@ -71,23 +102,32 @@ def _bar() -> Iterator[Progress]:
 
 
 def _measure(
-    options: argparse.Namespace, loaded: LoadedModel, schemes: Sequence[str], haystack: Haystack | None
+    options: argparse.Namespace, loaded: LoadedModel, texts: Mapping[str, str], schemes: Sequence[str], haystack: Any
 ) -> Measurement:
-    texts = read_texts(loaded.tokenizer, options.text)
+    tokens = {name: list(loaded.tokenizer.encode(text)) for name, text in texts.items()}
     with _bar() as progress:
         rows = measure(
             loaded.model,
-            texts,
+            tokens,
             schemes,
             prefill=options.prefill,
             steps=options.steps,
             haystack=haystack,
             unknown_arch=options.unknown_arch,
             source=loaded.source,
+            joint=not options.one_by_one,
             progress=progress,
         )
-        dtype = cache_dtype(loaded.model)
-        return Measurement(options.model, tuple(texts), options.prefill, options.steps, machine(), dtype, tuple(rows))
+        return Measurement(
+            model=options.model,
+            texts=tuple(texts),
+            prefill=options.prefill,
+            steps=options.steps,
+            machine=machine(),
+            dtype=cache_dtype(loaded.model),
+            rows=tuple(rows),
+            joint=not options.one_by_one,
+        )
 
 
 def print_aligned(lines: Sequence[Sequence[str]]) -> None:
@@ -106,10 +146,12 @@ def _about(found: Measurement) -> str:
 def _print_end(found: Measurement) -> None:
     for line in remarks(found.rows):
         print(line)
-    wide = f"; the tokens kept dense are {found.dtype} here, 4 bytes an element" if found.dtype == "float32" else ""
+    dense = f"{found.dtype} here" + (", 4 bytes an element" if found.dtype == "float32" else "")
     print(
-        "bits: of an element of packed keys and values, all-in; MiB: held by all texts, ratio to fp16"
-        f"{wide}\nKL: nats a token from mlx-lm's own caches on the same weights; greedy: tokens, of {found.steps}, "
+        "bits: of an element of packed keys and values in a 16-bit model, all-in\n"
+        f"MiB: really held by all texts, tokens kept dense ({dense}), statistics and slack counted; ratio: fp16 to that"
+        "\n16-bit ratio: the same if the tokens kept dense take 2 bytes an element, as in a 16-bit model\n"
+        f"KL: nats a token from mlx-lm's own caches on the same weights; greedy: tokens, of {found.steps}, "
         "before a free run says something else"
     )
 
@@ -131,14 +173,17 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 
 def _run_eval(options: argparse.Namespace) -> int:
-    for scheme in options.schemes:
-        check_scheme(scheme)
+    schemes = _checked(options.schemes or DEFAULT_SCHEMES)
+    if not options.needle and (options.depths or options.needle_tokens):
+        raise UsageError("--depths and --needle-tokens must come with --needle, got none; add --needle")
+    texts = read_texts(options.text)
     _check_outputs(options)
     loaded = load_model(options.model, options.float32)
     haystack = None
     if options.needle:
-        haystack = build_haystack(loaded.tokenizer, corpus_text(FILLER), options.depths, options.needle_tokens)
-    found = _measure(options, loaded, list(dict.fromkeys(options.schemes)), haystack)
+        depths, tokens = options.depths or DEPTHS, options.needle_tokens or NEEDLE_TOKENS
+        haystack = build_haystack(loaded.tokenizer, corpus_text(FILLER), depths, tokens)
+    found = _measure(options, loaded, texts, schemes, haystack)
     print(_about(found) + (f", needle in {haystack.tokens} tokens" if haystack else "") + "\n")
     print_aligned(table(found.rows))
     print()
@@ -150,12 +195,12 @@ def _run_eval(options: argparse.Namespace) -> int:
 
 
 def _run_frontier(options: argparse.Namespace) -> int:
-    for scheme in options.schemes or ():
-        check_scheme(scheme)
+    schemes = _checked(options.schemes) if options.schemes else []
+    texts = read_texts(options.text)
     _check_outputs(options)
     loaded = load_model(options.model, options.float32)
-    schemes = options.schemes or all_schemes(head_dim(loaded.model, options.unknown_arch))
-    found = _measure(options, loaded, list(dict.fromkeys(schemes)), None)
+    schemes = schemes or all_schemes(head_dim(loaded.model, options.unknown_arch))
+    found = _measure(options, loaded, texts, list(dict.fromkeys([*schemes, *AFFINE_SCHEMES])), None)
     print(_about(found) + "\n")
     rows = sorted((row for row in found.rows if row.overall is not None), key=_by_cost)
     front = {row.scheme for row in pareto_front(rows)}
@@ -166,6 +211,13 @@ def _run_frontier(options: argparse.Namespace) -> int:
     _print_end(found)
     _write(found, options, _about(found))
     return 0
+
+
+def _checked(values: Sequence[str]) -> list[str]:
+    schemes = split_schemes(values)
+    for scheme in schemes:
+        check_scheme(scheme)
+    return schemes
 
 
 def _by_cost(row: SchemeResult) -> tuple[float, float]:
@@ -195,8 +247,11 @@ def _add_options(parser: argparse.ArgumentParser, schemes: str) -> None:
     parser.add_argument(
         "--schemes",
         nargs="+",
+        action="extend",
         metavar="SCHEME",
-        help=f"see kvq schemes; mlx-affine8, 6, 5, 4, 3 and 2 are mlx-lm's quantized caches (default: {schemes})",
+        help="after spaces or commas, see kvq schemes; after a comma a part without = or k= begins the next scheme "
+        '("tq4,rvq1,edges=2,k=tq4,v=tq2" are three); mlx-affine8, 6, 5, 4, 3 and 2 are mlx-lm\'s quantized caches '
+        f"(default: {schemes})",
     )
     parser.add_argument(
         "--text",
@@ -214,6 +269,12 @@ def _add_options(parser: argparse.ArgumentParser, schemes: str) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured there")
     parser.add_argument("--plot", metavar="FILE", help=f"draw KL against bits there ({', '.join(PLOTS)})")
+    parser.add_argument(
+        "--one-by-one",
+        action="store_true",
+        help="give every scheme forwards of its own: slower, but then no figure depends on what else is measured, not "
+        "even by the rounding of products of another shape",
+    )
     add_arch_option(parser)
     add_weight_options(parser)
 
@@ -229,28 +290,27 @@ def add_commands(commands: Any) -> None:
         "retrieval of a key from a long text.",
         "  kvq eval demo:smollm2\n"
         "  kvq eval demo:gemma3 --schemes tq4 k=tq4,v=tq2 rvq1,edges=2 mlx-affine4 --needle\n"
-        "  kvq eval ./model --text book.txt --prefill 4000 --steps 500 --json cost.json",
+        "  kvq eval ./model --schemes tq4,tq3,rvq1 --text book.txt --prefill 4000 --steps 500 --json cost.json",
     )
     _add_options(evaluate, " ".join(DEFAULT_SCHEMES))
-    evaluate.set_defaults(schemes=list(DEFAULT_SCHEMES))
     evaluate.add_argument("--needle", action="store_true", help="also retrieve a key from a long text")
     evaluate.add_argument(
         "--depths",
         type=_depth,
         nargs="+",
-        default=list(DEPTHS),
         metavar="X",
         help=f"where in the text the key is, from 0 to 1 (default: {' '.join(map(str, DEPTHS))})",
     )
     evaluate.add_argument(
-        "--needle-tokens", type=positive, default=1000, metavar="N", help="length of that text (default: 1000)"
+        "--needle-tokens", type=positive, metavar="N", help=f"length of that text (default: {NEEDLE_TOKENS})"
     )
     frontier = add_command(
         commands,
         "frontier",
         _run_frontier,
-        "Measure all schemes on a model and mark those that no other one beats in bits and KL divergence.",
+        "Measure all schemes on a model and mark those that no other one beats in bits and KL divergence. mlx-lm's "
+        "quantized caches of 8, 6, 5, 4, 3 and 2 bits are always among them.",
         "  kvq frontier demo:smollm2 --plot frontier.png\n"
-        "  kvq frontier ./model --schemes tq4 tq3 tq2 mlx-affine4 mlx-affine2 --json frontier.json",
+        "  kvq frontier ./model --schemes tq4,tq3,tq2 --json frontier.json",
     )
     _add_options(frontier, "all that lose something")
