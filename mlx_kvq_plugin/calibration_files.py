@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +31,7 @@ VERSION = 1
 
 _METADATA = "kvq_calibration"
 _PLAIN = ("fingerprint", "model", "sinks", "recent", "sequences", "length", "corpus")  # JSON as they are
+_SNAPSHOT = re.compile(r"/models--(?P<name>[^/]+)/snapshots/(?P<revision>[^/]+)$")  # of the hub's cache
 _HUB_ERRORS = (HTTPError, OSError, ValueError)  # the first is that of the hub's HTTP library
 
 
@@ -116,7 +118,8 @@ def _short(error: BaseException) -> str:
 def find_calibration(source: str) -> Path | None:
     """The calibration file next to a model: in its folder, or in its Hugging Face repository.
 
-    A repository is asked with the hub's own cache, token and settings (`HF_ENDPOINT`, `HF_HUB_OFFLINE`).
+    A repository is asked with the hub's own cache, token and settings (`HF_ENDPOINT`, `HF_HUB_OFFLINE`). A folder of
+    that cache stands for its repository: mlx-lm downloads nothing but the model into it.
 
     Args:
         source: folder or repository; "" has none.
@@ -129,12 +132,16 @@ def find_calibration(source: str) -> Path | None:
     """
     if not source:
         return None
-    folder = Path(source).expanduser()
+    folder, revision = Path(source).expanduser(), None
     if folder.is_dir():
-        path = folder / FILE_NAME
-        return path if path.is_file() else None
+        if (folder / FILE_NAME).is_file():
+            return folder / FILE_NAME
+        snapshot = _SNAPSHOT.search(folder.absolute().as_posix())
+        if snapshot is None:
+            return None
+        source, revision = snapshot["name"].replace("--", "/"), snapshot["revision"]
     try:
-        return Path(huggingface_hub.hf_hub_download(source, FILE_NAME))
+        return Path(huggingface_hub.hf_hub_download(source, FILE_NAME, revision=revision))
     except EntryNotFoundError:
         return None
     except _HUB_ERRORS as error:

@@ -79,9 +79,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.do_GET()
 
         def do_GET(self) -> None:
-            owner, _, rest = self.path.removeprefix("/").partition("/")
-            name, _, file = rest.partition("/resolve/main/")
-            repository = hub.files.get(f"{owner}/{name}")
+            name, _, place = self.path.removeprefix("/").partition("/resolve/")
+            revision, _, file = place.partition("/")
+            repository = hub.files.get(name) if revision in ("main", COMMIT) else None
             if repository is None:
                 self.fail(404, "RepoNotFound", "Repository not found")
             elif file not in repository:

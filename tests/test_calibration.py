@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import safetensors
 import tiny_models
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import HTTPError
 from local_hub import Hub, local_hub
 from mlx_lm.generate import batch_generate
@@ -500,6 +500,17 @@ def test_a_calibration_is_pushed_to_a_repository_and_found_there(tiny: Path, hub
     for scheme, source in (("tq@2.5", "me/tiny"), ("tq@2.5,calibration=me/tiny", "")):
         with kvq.compress(model, scheme, source=source) as compression:
             assert len({plan.spec for plan in compression.maker.plan()}) > 1
+
+
+def test_a_folder_of_the_hubs_cache_stands_for_its_repository(tiny: Path, hub: Hub) -> None:
+    """Servers and tools hand on the folder that mlx-lm downloaded."""
+    hub.files["me/tiny"] = {name: (tiny / name).read_bytes() for name in ("config.json", FILE_NAME)}
+    folder = Path(hf_hub_download("me/tiny", "config.json")).parent
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    found = kvq.find_calibration(str(folder))
+    assert found == folder / FILE_NAME and kvq.load_calibration(found).model == "tiny"
+    hub.files["me/other"] = {"config.json": b"{}"}
+    assert kvq.find_calibration(str(Path(hf_hub_download("me/other", "config.json")).parent)) is None
 
 
 def test_offline_a_repository_has_what_is_in_the_cache(
