@@ -39,7 +39,8 @@ class KVQConfig:
             the first decode step: better quality, peak memory of an uncompressed prompt.
         seed: of the rotations' signs.
         rotation: of codecs that rotate, one of `rotation.ROTATIONS`.
-        calibration: the file for average bits; "" looks for one next to the model.
+        calibration: for average bits: a `.safetensors` file, or a folder or repository that has one; "" looks next to
+            the model.
         sensitivity: what average bits are allocated by, one of `allocation.SENSITIVITIES`.
         scaling: of `tq` and `rvq` codecs. `matched`: scales keep the norms of keys and leave values unbiased;
             `least_squares`: they make the squared error least, which shrinks both.

@@ -106,6 +106,10 @@ def test_a_calibration_has_every_head_of_every_layer(calibration: kvq.Calibratio
     for side in SIDES:  # random heads are nearly Gaussian
         assert calibration.curves["tq", side].measured(3) == pytest.approx(0.0345, rel=0.15)
         assert calibration.curves["tq", side].beta == pytest.approx(3.65, rel=0.05)
+    keys, values = (calibration.curves["tq", side].measured(1) for side in SIDES)
+    least = 1 - 2 / np.pi  # the squared error of a bit; scales that keep norms or leave values unbiased add to it
+    assert keys == pytest.approx(2 - 2 * (1 - least) ** 0.5, rel=0.1)
+    assert values == pytest.approx(least / (1 - least), rel=0.1)
 
 
 def test_equal_seeds_give_equal_calibrations(tiny: Path, calibration: kvq.Calibration) -> None:
@@ -566,4 +570,4 @@ def test_a_calibrated_average_is_better_than_equal_bits(
     for scheme in ("tq3", f"tq@3,calibration={tmp_path / 'a.safetensors'}"):
         with kvq.compress(model, scheme):
             kl[scheme[:3]] = kvq.compare(reference, logprobs(), ids[prefill:]).kl_mean
-    assert kl["tq@"] < 0.8 * kl["tq3"]
+    assert kl["tq@"] < 0.7 * kl["tq3"]

@@ -31,6 +31,8 @@ _MODIFIERS = {
     "recent=N": "keep at least the last N tokens dense",
     "compress_after=chunk|prefill": "pack after each prefill chunk, or after the whole prompt",
     "seed=N": "of the rotations' signs",
+    "calibration=PATH": "file, folder or repository for average bits (tq@2.5), if it is not next to the model",
+    "sensitivity=gradient|activation": "what average bits are allocated by",
 }
 DEFAULT_SCHEMES = ("tq4", "rvq1")
 DEFAULT_CONTEXTS = (1024, 8192, 32768, 131072)
@@ -38,7 +40,7 @@ DEFAULT_CONTEXTS = (1024, 8192, 32768, 131072)
 
 def _default(modifier: str) -> str:
     value = getattr(KVQConfig(), modifier.partition("=")[0], None)
-    return "" if value is None else f" (default: {'on' if value is True else value})"
+    return "" if value in (None, "") else f" (default: {'on' if value is True else value})"
 
 
 def _run_schemes(options: argparse.Namespace) -> int:
@@ -59,7 +61,7 @@ def _run_schemes(options: argparse.Namespace) -> int:
         'modifiers, after commas ("rvq1,edges=2,recent=64"):'
     )
     for name, text in _MODIFIERS.items():
-        print(f"  {name:30s} {text}{_default(name)}")
+        print(f"  {name:32s} {text}{_default(name)}")
     return 0
 
 
@@ -271,7 +273,12 @@ def add_commands(commands: Any) -> None:
         help="tokens (default: " + " ".join(map(str, DEFAULT_CONTEXTS)) + ")",
     )
     add_live_options(inspect)
-    inspect.add_argument("--allocation", metavar="FILE", help="bits per layer and head from this calibration; no MODEL")
+    inspect.add_argument(
+        "--allocation",
+        metavar="FILE",
+        help="bits per layer and head from this calibration, with one --kv-scheme of average bits (default: tq@3); "
+        "no MODEL",
+    )
     inspect.add_argument("--plot", metavar="FILE.png", help="draw them too, with --allocation")
     add_arch_option(inspect)
     inspect.add_argument("--json", action="store_true", help="one JSON object")
