@@ -144,6 +144,7 @@ class _Packed:
     rows: int = 0  # tokens that the planes have room for
     gone: int = 0  # packed tokens that have left the window since the planes began
     frozen: bool = False
+    newest: int = 0
     step: bool = True
 
     @property
@@ -169,7 +170,7 @@ class _Packed:
             self.capacity = self.dense + max(count, room)
         self.dense += count
         self.offset += count
-        self.step = count <= STEP_TOKENS
+        self.newest, self.step = count, count <= STEP_TOKENS
         if read or not self.layout.shared:
             self._compact()
 
@@ -178,7 +179,13 @@ class _Packed:
         if layout.window is not None:
             if (self.step or not layout.prefill) and self.dense > layout.window:
                 self._freeze()
+            if self.step and self.newest > 1:
+                self._pack_overflow()
             self._evict(layout.window)
+        self._pack_overflow()
+
+    def _pack_overflow(self) -> None:
+        layout = self.layout
         overflow = self.dense - min(layout.sinks, self.dense) - layout.recent
         if overflow >= layout.block and (self.step or not layout.prefill):
             self._freeze()

@@ -212,6 +212,16 @@ def test_trimming_to_nothing_starts_over(scheme: str) -> None:
         assert cache.packed_tokens > 50
 
 
+def test_trimming_to_nothing_forgets_the_queries_too() -> None:
+    seen, fresh = watched("tq2.5"), watched("tq2.5", seed=1)
+    seen.append(30)
+    seen.trim(30)
+    tokens = fresh.new_tokens(100)
+    for each in (seen, fresh):
+        each.attend(tokens)
+    assert mx.array_equal(seen.cache.frame.scale, fresh.cache.frame.scale)
+
+
 @pytest.mark.parametrize("scheme", SOME)
 def test_trimming_what_a_step_of_several_tokens_has_not_packed_yet(scheme: str) -> None:
     whole = filled(scheme)
