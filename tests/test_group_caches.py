@@ -18,12 +18,15 @@ from watched_caches import (
     GROUP,
     KIVI,
     KV_HEADS,
+    ROUTED,
+    SCALE,
     SCHEMES,
     SOME,
     WINDOW,
     D,
     Watched,
     arrays_of,
+    cache_of,
     filled,
     restored,
     shared_rows,
@@ -233,6 +236,26 @@ def test_trimming_what_a_step_of_several_tokens_has_not_packed_yet(scheme: str) 
         seen.append(9)
         seen.append(40)
         seen.check()
+
+
+@pytest.mark.parametrize("scheme", SOME)
+def test_sequences_in_one_cache_do_not_mix(scheme: str) -> None:
+    """Two rows, of other sizes and so with other statistics; they are trimmed together."""
+    alone = [watched(scheme, seed=seed) for seed in (1, 2)]
+    both = cache_of(alone[0].cache.spec)
+    for L, n in ((100, 0), (1, 0), (16, 41), (60, 0), *[(1, 0)] * 5):
+        tokens = [each.new_tokens(L) for each in alone]
+        tokens[1] = [tokens[1][0], *(4 * x for x in tokens[1][1:])]
+        for each, qkv in zip(alone, tokens, strict=True):
+            each.attend(qkv)
+            each.trim(n)
+        q, k, v = (mx.concatenate(parts) for parts in zip(*tokens, strict=True))
+        mx.eval(ROUTED(q, *both.update_and_fetch(k, v), cache=both, scale=SCALE, mask="causal" if L > 1 else None))
+        both.trim(n)
+    for row, each in enumerate(alone):
+        assert both.packed_tokens == each.cache.packed_tokens > 90 and both._rows == each.cache._rows
+        for found, expected in zip(both.decode_all(), each.cache.decode_all(), strict=True):
+            assert mx.array_equal(found[row : row + 1], expected)
 
 
 # ---- copies and files --------------------------------------------------------------------------------------------
