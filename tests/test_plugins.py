@@ -195,7 +195,7 @@ def test_one_distribution_on_two_paths_is_no_clash(install: Install, tmp_path: P
         ("class Outside: pass", "<class '"),
         (
             "from mlx_kvq_plugin.codecs.identity import Identity; Outside = Identity()",
-            "Identity(seed=0, rotation='hadamard')",
+            "Identity(seed=0, rotation='hadamard', scaling='least_squares')",
         ),
     ],
 )
