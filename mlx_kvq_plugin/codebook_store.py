@@ -15,8 +15,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from .demo_models import _default_cache_dir
-from .errors import KVQError
+from .demo_models import default_cache_dir
+from .errors import CodebookError
 from .sphere import ScalarCodebook, check_codebook, sphere_codebook, sphere_mse
 
 FORMAT = "kvq sphere codebook"
@@ -24,14 +24,10 @@ VERSION = 1  # of the computation: files of another one are made again
 FOLDER = "codebooks"
 
 
-class CodebookError(KVQError):
-    """A stored codebook is damaged, or its folder cannot be used."""
-
-
 def codebook_path(bits: int, dim: int, cache_dir: Path | None = None) -> Path:
     """Where the codebook of `bits` bits and `dim` dimensions is kept: below `cache_dir`, else below the package's
     cache folder (`$KVQ_CACHE_DIR`, else `mlx-kvq-plugin` in the user's cache directory)."""
-    return (cache_dir or _default_cache_dir()) / FOLDER / f"sphere-{bits}bit-{dim}.safetensors"
+    return (cache_dir or default_cache_dir()) / FOLDER / f"sphere-{bits}bit-{dim}.safetensors"
 
 
 def load_codebook(bits: int, dim: int, cache_dir: Path | None = None) -> ScalarCodebook:

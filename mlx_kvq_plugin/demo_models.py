@@ -111,7 +111,7 @@ def demo_model_path(name: str, *, progress: bool = True, cache_dir: Path | None 
     if model is None:
         known = ", ".join(DEMO_MODELS)
         raise DemoModelError(f"A demo model must be one of {known}, but got {name!r}: pick one of these.")
-    root = (cache_dir or _default_cache_dir()) / "models"
+    root = (cache_dir or default_cache_dir()) / "models"
     folder = root / model.folder
     if _is_complete(folder, model):
         return folder
@@ -167,7 +167,7 @@ def convert_gguf(gguf: Path, folder: Path, progress: Progress | None = None) -> 
 # --- the folder in the cache --------------------------------------------------------------------------------
 
 
-def _default_cache_dir() -> Path:
+def default_cache_dir() -> Path:
     if chosen := os.environ.get("KVQ_CACHE_DIR"):
         return Path(chosen).expanduser()
     if sys.platform == "darwin":

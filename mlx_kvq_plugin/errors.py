@@ -16,6 +16,10 @@ class CodecError(KVQError, ValueError):
     """A codec name, parameter or input shape cannot be used."""
 
 
+class CodebookError(KVQError):
+    """A stored codebook is damaged, or its folder cannot be used."""
+
+
 class AllocationError(KVQError):
     """Bits cannot be allocated as asked."""
 

@@ -472,7 +472,7 @@ def test_default_cache_dir(
     for name, value in ({"HOME": "/home/me"} | variables).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "platform", platform)
-    assert demo_models._default_cache_dir() == Path(expected)
+    assert demo_models.default_cache_dir() == Path(expected)
 
 
 # --- the real models ----------------------------------------------------------------------------------------

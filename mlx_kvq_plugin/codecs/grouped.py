@@ -18,8 +18,9 @@ import numpy as np
 
 from ..codebooks import odd_codebook
 from ..packing import pack, packed_width, unpack
-from ..rotation import check_dim, rotate, unrotate
-from . import NO_STATISTICS, Codec, Plane, Planes, Statistics
+from ..rotation import check_dim, rotate
+from . import Codec, Plane, Planes, Statistics
+from .rotated import Rotated
 from .scalar import SCALE_DTYPE, nearest_codes, sphere_rows, unpacked_levels
 
 GROUP = 16
@@ -40,7 +41,7 @@ def _simulated(bits: int, size: int) -> float:
 
 
 @dataclass(frozen=True)
-class Grouped(Codec):
+class Grouped(Rotated):
     """`bits` bits a channel, one byte a group of 16 and one 16-bit scale a token."""
 
     family: ClassVar[str] = "grouped"
@@ -98,21 +99,3 @@ class Grouped(Codec):
             unpacked_levels(unpack(planes["codes"], dim, self.bits), self.bits)
             * mx.repeat(scale, GROUP, axis=-1)[..., :dim]
         )
-
-    def _decode(self, planes: Planes, dim: int, dtype: mx.Dtype, statistics: Statistics) -> mx.array:
-        return unrotate(self._rotated(planes, dim), self.seed, self.rotation).astype(dtype)
-
-    def transform_queries(self, queries: mx.array, statistics: Statistics = NO_STATISTICS) -> mx.array:
-        return rotate(queries, self.seed, self.rotation)
-
-    def scores(self, queries: mx.array, planes: Planes, statistics: Statistics = NO_STATISTICS) -> mx.array:
-        keys = self._rotated(planes, queries.shape[-1])
-        return queries.astype(mx.float32) @ keys.swapaxes(-1, -2)  # in half precision large keys overflow
-
-    def weighted_sum(
-        self, weights: mx.array, planes: Planes, dim: int, statistics: Statistics = NO_STATISTICS
-    ) -> mx.array:
-        return weights @ self._rotated(planes, dim).astype(weights.dtype)
-
-    def untransform_output(self, output: mx.array, statistics: Statistics = NO_STATISTICS) -> mx.array:
-        return unrotate(output, self.seed, self.rotation)

@@ -21,8 +21,9 @@ import numpy as np
 
 from ..errors import CodecError
 from ..packing import pack, packed_width, unpack
-from ..rotation import check_dim, rotate, unrotate
-from . import NO_STATISTICS, Codec, Plane, Planes, Statistics
+from ..rotation import check_dim, rotate
+from . import Codec, Plane, Planes, Statistics
+from .rotated import Rotated
 
 BLOCK = 16
 LEVELS = 4  # of the recursion: BLOCK is 2 ** LEVELS
@@ -62,7 +63,7 @@ def _table(level: int, bits: int) -> mx.array:
 
 
 @dataclass(frozen=True)
-class Polar(Codec):
+class Polar(Rotated):
     """`bits` bits an angle of level 1, 2 bits one of the others, one 16-bit radius a block of 16."""
 
     family: ClassVar[str] = "polar"
@@ -135,24 +136,6 @@ class Polar(Codec):
             radii = _both(radii, uppers[..., stop - count : stop], _table(level, UPPER_BITS))
             stop -= count
         return _both(radii, unpack(planes["angles"], dim // 2, self.bits), _table(1, self.bits))
-
-    def _decode(self, planes: Planes, dim: int, dtype: mx.Dtype, statistics: Statistics) -> mx.array:
-        return unrotate(self._rotated(planes, dim), self.seed, self.rotation).astype(dtype)
-
-    def transform_queries(self, queries: mx.array, statistics: Statistics = NO_STATISTICS) -> mx.array:
-        return rotate(queries, self.seed, self.rotation)
-
-    def scores(self, queries: mx.array, planes: Planes, statistics: Statistics = NO_STATISTICS) -> mx.array:
-        keys = self._rotated(planes, queries.shape[-1])
-        return queries.astype(mx.float32) @ keys.swapaxes(-1, -2)  # in half precision large keys overflow
-
-    def weighted_sum(
-        self, weights: mx.array, planes: Planes, dim: int, statistics: Statistics = NO_STATISTICS
-    ) -> mx.array:
-        return weights @ self._rotated(planes, dim).astype(weights.dtype)
-
-    def untransform_output(self, output: mx.array, statistics: Statistics = NO_STATISTICS) -> mx.array:
-        return unrotate(output, self.seed, self.rotation)
 
 
 def _both(radii: mx.array, codes: mx.array, table: mx.array) -> mx.array:
