@@ -1,7 +1,7 @@
 """Are our quality figures right? A tool of somebody else measures the same caches on the same tokens.
 
     pip install --no-deps mlx-quant-fidelity==0.10.0
-    python examples/outside_judge.py [--schemes tq4 rvq1] [--stock-bits 4] [--chunks 1]
+    python examples/outside_judge.py [--schemes tq4 rvq1 turbo4v2] [--stock-bits 4] [--chunks 1]
 
 mlx-quant-fidelity runs a prefix of each chunk, lets the scheme compress it, then scores all later positions in one
 forward: KL divergence to the uncompressed model, nats a token. Our ruler (`kvq.compare`) scores the same positions of
@@ -10,7 +10,7 @@ Exit code 0 if the KL means agree within the tolerance, 1 if not, 2 if the tool 
 measured. One to two minutes on two CPU cores with OpenBLAS (see the Makefile); MLX's own BLAS is 25 times slower.
 
 A row compares two rulers, not two schemes: `QuantizedKVCache` rounds the scored tokens before they attend to each
-other, ours after. benchmarks/quality.py compares schemes, step by step as they decode.
+other, ours after. `kvq eval` compares schemes, step by step as they decode.
 """
 
 from __future__ import annotations
@@ -90,8 +90,7 @@ class SchemeMethod:
 
     def bytes_per_token(self, *, n_layers: int, n_kv_heads: int, head_dim: int) -> int:
         spec = kvq.parse_scheme(self.scheme).layer_spec()
-        codecs = [kvq.get_codec(side, spec.seed) for side in (spec.key, spec.value)]
-        bits = sum(codec.bits_per_element(head_dim, "float32") for codec in codecs)
+        bits = sum(codec.bits_per_element(head_dim, "float32") for codec in (spec.key_codec, spec.value_codec))
         return round(n_layers * n_kv_heads * head_dim * bits / 8)
 
     def working_set_bytes(self, *, window: int, n_layers: int, n_kv_heads: int, head_dim: int, dtype_bytes: int) -> int:
@@ -201,7 +200,7 @@ def judge_is_installed() -> bool:
 def parse_arguments() -> argparse.Namespace:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--schemes", nargs="+", default=["tq4", "rvq1"], help="kv_scheme strings")
+    parser.add_argument("--schemes", nargs="+", default=["tq4", "rvq1", "turbo4v2"], help="kv_scheme strings")
     parser.add_argument(
         "--stock-bits", type=int, default=4, choices=(2, 4, 8), help="of mlx-lm's QuantizedKVCache in the last row"
     )
@@ -248,8 +247,9 @@ def run(arguments: argparse.Namespace) -> int:
         judge = judged(model, method, chunks, arguments.prefix)
         with attach():
             own = measured(model, references, convert, chunks, arguments.prefix)
-        kl = [f"{value:.6f}" for value in (judge.kl, own.kl, own.kl / judge.kl)]
-        print(table.format(name, *kl, f"{judge.flips:.2%}", f"{own.flips:.2%}"), flush=True)
+        ratio = f"{own.kl / judge.kl:.6f}" if judge.kl else "-"
+        cells = (f"{judge.kl:.6f}", f"{own.kl:.6f}", ratio, f"{judge.flips:.2%}", f"{own.flips:.2%}")
+        print(table.format(name, *cells), flush=True)
         if not abs(own.kl - judge.kl) <= ABSOLUTE + RELATIVE * judge.kl:
             apart.append(name)
     print(f"\ntolerance {RELATIVE:.1%} + {ABSOLUTE:g} nats; {time.perf_counter() - started:.0f} s")

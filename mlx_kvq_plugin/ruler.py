@@ -108,8 +108,8 @@ def measure(
     tokens = mx.array([list(ids[: prefill + steps]) for ids in texts.values()])
     bench = _Bench(model, tuple(texts), tokens, prefill, haystack, unknown_arch, source, joint, progress)
     needle: tuple[Retrieval, ...] = ()
+    reference = bench.contender(FP16)  # raises what is wrong with the model, not with a scheme
     if haystack is not None:
-        reference = bench.contender(FP16)
         with bench.routed():
             needle = bench.retrieved(reference)
     for start in range(0, len(schemes), TOGETHER):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -92,3 +95,57 @@ def test_standalone_example_prints_what_it_promises():
     with_rope, without, exact = ([float(x) for x in line[-3:]] for line in caches)
     assert with_rope[0] < 0.35 and with_rope[1] < 0.3 * without[1] and with_rope[2] < without[2]
     assert exact[0] > 1 and exact[1:] == [0.0, 0.0]
+
+
+# ---- the outside judge -----------------------------------------------------------------------------------------------
+
+JUDGE = ROOT / "examples" / "outside_judge.py"
+
+
+@pytest.fixture
+def judge(monkeypatch) -> ModuleType:
+    """The example as a module."""
+    monkeypatch.setattr(sys, "argv", [str(JUDGE)])
+    spec = importlib.util.spec_from_file_location("outside_judge", JUDGE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "outside_judge", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("found", ["none", "0.9.0"])
+def test_a_missing_judge_is_one_sentence_and_exit_code_2(judge, monkeypatch, capsys, found):
+    def installed(name: str) -> str:
+        assert name == judge.JUDGE
+        if found == "none":
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(judge, "version", installed)
+    monkeypatch.setattr(judge, "run", lambda _: pytest.fail("it ran"))
+    assert judge.main() == 2
+    assert capsys.readouterr() == (
+        "",
+        f"outside_judge: mlx-quant-fidelity 0.10.0 must be installed, got {found}; install it with: "
+        "pip install --no-deps mlx-quant-fidelity==0.10.0\n",
+    )
+
+
+def judge_is_missing() -> bool:
+    try:
+        return version("mlx-quant-fidelity") != "0.10.0"
+    except PackageNotFoundError:
+        return True
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(judge_is_missing(), reason="the outside judge is no dependency: see examples/outside_judge.py")
+def test_the_two_rulers_agree():
+    command = [sys.executable, JUDGE, "--schemes", "tq4", "rvq1", "turbo4v2", "--length", "160", "--prefix", "120"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("the two rulers agree\n")
+    rows = [line.split() for line in done.stdout.splitlines()[3:7]]
+    assert [row[0] for row in rows] == ["tq4", "rvq1", "turbo4v2", "mlx-lm"]
+    assert all(float(row[-5]) > 0 for row in rows)
