@@ -1,70 +1,99 @@
-"""What schemes cost in quality: KL divergence, top-1 agreement, perplexity against mlx-lm's KVCache.
+"""What every scheme costs in quality on the demo models: the ruler of `kvq eval` over all schemes at once.
 
-    python benchmarks/quality.py [--model smollm2 gemma3] [--texts documentation] [--schemes tq4 rvq1]
+    python benchmarks/quality.py [--model smollm2 gemma3] [--schemes tq4 tq@3] [--needle]
 
-Teacher-forced on real text, in float32: the first `--prefill` tokens in one chunk, then `--steps` single-token steps
-that read the compressed cache. KL is in nats a token.
+Teacher-forced in float32: the first `--prefill` tokens of each text in one chunk, then `--steps` single-token steps
+through the compressed caches. The texts are none of those that calibrations are made from. Results go to
+`benchmarks/results/quality-MODEL.json`, the frontier to `docs/frontier-MODEL.png`; `python benchmarks/summary.py`
+writes the tables of the docs from them. With `--schemes` nothing is stored unless `--name` says so.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+import time
+from pathlib import Path
+from typing import Any
 
-from common import TEXTS, load, machine, print_table, store
+from common import RESULTS, TEXTS, load, machine
 
 import mlx_kvq_plugin as kvq
+from mlx_kvq_plugin.calibration import calibrate
+from mlx_kvq_plugin.calibration_files import FILE_NAME, save_calibration
+from mlx_kvq_plugin.corpus import corpus_text
+from mlx_kvq_plugin.needle import build_haystack
+from mlx_kvq_plugin.plots import plot_frontier
+from mlx_kvq_plugin.results import Measurement, table
+from mlx_kvq_plugin.ruler import all_schemes, head_dim, measure
 
-SCHEMES = ("tq4", "rvq2", "tq3", "rvq1", "tq4,frame=off")
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+AVERAGES = (  # bits allocated by calibration, against one codec for all heads
+    *(f"tq@{bits}{kind}" for bits in ("2", "2.5", "3", "4") for kind in ("", ",sensitivity=activation")),
+    "k=tq@3.5,v=tq@2.5",
+    "rvq@1.5",
+    "affine@3",
+)
+VARIANTS = (  # what the settings are worth
+    "tq4,frame=off",
+    *(f"{codec},scaling=least_squares" for codec in ("tq2", "tq3", "rvq1")),
+    *(f"rvq1,{setting}" for setting in ("sinks=0", "recent=0", "recent=64", "edges=2", "compress_after=prefill")),
+    *(f"tq2,rotation={rotation}" for rotation in ("hadamard2", "hadamard3", "dense")),
+    "tq2,outliers=16",
+    "kivi2,frame=off,recent=128",  # KIVI as published
+)
+
+
+def calibrated(name: str, model: Any, tokenizer: Any) -> None:
+    """Makes the model's calibration file if it has none."""
+    path = kvq.demo_model_path(name) / FILE_NAME
+    if not path.exists():
+        start = time.perf_counter()
+        save_calibration(path, calibrate(model, tokenizer, source=name))
+        print(f"{name}: calibrated in {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", default=["smollm2", "gemma3"])
-    parser.add_argument("--texts", nargs="+", default=["documentation", "code"], choices=list(TEXTS))
-    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
+    parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=list(TEXTS))
+    parser.add_argument("--schemes", nargs="+")
     parser.add_argument("--prefill", type=int, default=200)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--name", default="quality", help="results go to benchmarks/results/NAME.json")
+    parser.add_argument("--needle", action="store_true", help="also retrieve a key from a text of 1,000 tokens")
+    parser.add_argument("--name", help="results go to benchmarks/results/NAME-MODEL.json (default: quality)")
     arguments = parser.parse_args()
-    rows = []
     for name in arguments.model:
         model, tokenizer = load(name)
-        for text in arguments.texts:
-            ids = tokenizer.encode(TEXTS[text]())[: arguments.prefill + arguments.steps]
-            reference = kvq.step_logprobs(model, kvq.make_prompt_cache(model), ids, arguments.prefill)
-            for scheme in arguments.schemes:
-                with kvq.compress(model, scheme):
-                    caches = kvq.make_prompt_cache(model)
-                    run = kvq.step_logprobs(model, caches, ids, arguments.prefill)
-                fidelity = kvq.compare(reference, run, ids[arguments.prefill :])
-                rows.append(
-                    {
-                        "model": name,
-                        "text": text,
-                        "scheme": scheme,
-                        **{key: round(value, 5) for key, value in asdict(fidelity).items()},
-                    }
-                )
-                print(f"{name} {text} {scheme}: KL {fidelity.kl_mean:.4f}", flush=True)
-    store(arguments.name, rows)
-    print(machine())
-    print_table(
-        ["model", "text", "scheme", "KL mean", "median", "p99", "top-1", "perplexity (fp16)"],
-        [
-            (
-                row["model"],
-                row["text"],
-                row["scheme"],
-                row["kl_mean"],
-                row["kl_median"],
-                row["kl_p99"],
-                f"{row['top1']:.1%}",
-                f"{row['perplexity']:.2f} ({row['reference_perplexity']:.2f})",
-            )
-            for row in rows
-        ],
-    )
+        calibrated(name, model, tokenizer)
+        schemes = arguments.schemes or ["fp16", *all_schemes(head_dim(model)), *AVERAGES, *VARIANTS]
+        haystack = build_haystack(tokenizer, corpus_text("prose"), (0.1, 0.5, 0.9), 1000) if arguments.needle else None
+        rows = []
+        start = time.perf_counter()
+        texts = {text: tokenizer.encode(TEXTS[text]()) for text in arguments.texts}
+        for row in measure(
+            model,
+            texts,
+            schemes,
+            prefill=arguments.prefill,
+            steps=arguments.steps,
+            haystack=haystack,
+            source=str(kvq.demo_model_path(name)),
+        ):
+            rows.append(row)
+            kl = f"KL {row.overall.kl_mean:.4f}" if row.overall is not None else row.error
+            print(f"{time.perf_counter() - start:5.0f} s {name} {row.scheme}: {row.bits:.2f} bits, {kl}", flush=True)
+        found = Measurement(name, tuple(texts), arguments.prefill, arguments.steps, machine(), "float32", tuple(rows))
+        for line in table(found.rows, texts=False):
+            print("  ".join(line))
+        if arguments.schemes and not arguments.name:
+            continue
+        label = f"{arguments.name or 'quality'}-{name}"
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / f"{label}.json").write_text(found.to_json() + "\n")
+        if not arguments.schemes:
+            title = f"{name}: {len(texts)} texts, {arguments.prefill} tokens of prefill and {arguments.steps} steps"
+            plot_frontier(found.rows, DOCS / f"frontier-{name}.png", title)
 
 
 if __name__ == "__main__":

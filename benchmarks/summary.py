@@ -1,4 +1,4 @@
-"""Rewrites the tables of README.md, docs/measurements.md and docs/serving.md from the stored results."""
+"""Rewrites the measured tables of README.md and of the docs from the stored results."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SCHEMES = ("tq4", "tq3", "rvq1")
+MODELS = ("smollm2", "gemma3")
+TITLES = {"smollm2": "SmolLM2-135M", "gemma3": "Gemma 3 270M"}
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -34,21 +36,27 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def quality(model: str) -> dict[str, Any]:
+    """What `benchmarks/quality.py` stored of a model: the measurement, with its rows by scheme."""
+    found = results(f"quality-{model}")
+    return {**found, "rows": {row["scheme"]: row for row in found["rows"]}}
+
+
 def readme_table() -> str:
     """Memory, quality and speed of the main schemes on the two demo models."""
     rows = []
     for scheme in SCHEMES:
         small = [one("memory", model="smollm2", scheme=scheme, tokens=tokens)["ratio"] for tokens in (1000, 4096)]
         gemma = one("memory", model="gemma3", scheme=scheme, tokens=4096)["ratio"]
-        quality = [one("quality", model=m, scheme=scheme, text="documentation") for m in ("smollm2", "gemma3")]
+        measured = [quality(model)["rows"][scheme] for model in MODELS]
         speed = one("decode", model="smollm2", scheme=scheme)
         rows.append(
             [
                 f"`{scheme}`",
                 f"{small[0]:.2f}x / {small[1]:.2f}x",
                 f"{gemma:.2f}x",
-                " / ".join(f"{row['kl_mean']:.4f}" for row in quality),
-                " / ".join(f"{row['top1']:.1%}" for row in quality),
+                " / ".join(f"{row['kl_mean']:.4f}" for row in measured),
+                " / ".join(f"{row['top1']:.1%}" for row in measured),
                 f"{speed['decode_ratio']:.2f}x",
                 f"{speed['prefill_ratio']:.2f}x",
             ]
@@ -59,7 +67,7 @@ def readme_table() -> str:
 
 
 def measurements() -> str:
-    """All stored tables."""
+    """Memory and speed."""
     parts = []
     memory = results("memory")
     rows = [
@@ -69,20 +77,6 @@ def measurements() -> str:
     ]
     head = ["model", "tokens", "scheme", "MiB allocated", "smaller than `KVCache`", "`nbytes` against allocated"]
     parts.append(f"## Memory\n\n`python benchmarks/memory.py`; {memory['machine']}.\n\n{table(head, rows)}")
-    for name, title in (("quality", "Quality"), ("defaults", "What the defaults are worth")):
-        quality = results(name)
-        rows = [
-            [r["model"], r["text"], f"`{r['scheme']}`", f"{r['kl_mean']:.4f}", f"{r['kl_median']:.4f}"]
-            + [f"{r['kl_p99']:.3f}", f"{r['top1']:.1%}", f"{r['perplexity']:.2f} ({r['reference_perplexity']:.2f})"]
-            for r in quality["rows"]
-        ]
-        head = ["model", "text", "scheme", "KL mean", "median", "p99", "top-1", "perplexity (fp16)"]
-        schemes = " ".join(dict.fromkeys(r["scheme"] for r in quality["rows"]))
-        texts = " ".join(dict.fromkeys(r["text"] for r in quality["rows"]))
-        command = f"python benchmarks/quality.py --texts {texts} --schemes {schemes}"
-        if name == "defaults":
-            command += " --model smollm2 --name defaults"
-        parts.append(f"## {title}\n\n`{command}`; {quality['machine']}.\n\n{table(head, rows)}")
     decode = results("decode")
     rows = [
         [r["model"], f"{r['tokens']:,}", f"`{r['scheme']}`", f"{r['step_ms']:.1f}"]
@@ -92,6 +86,70 @@ def measurements() -> str:
     head = ["model", "tokens", "scheme", "ms a step", "decode against `KVCache`", "prefill against `KVCache`"]
     parts.append(f"## Speed\n\n`python benchmarks/decode.py`; {decode['machine']}.\n\n{table(head, rows)}")
     return "\n\n".join(parts)
+
+
+def quality_tables() -> str:
+    """Every scheme on both models, by bits, and the settings beside what they change."""
+    parts = []
+    for model in MODELS:
+        found = quality(model)
+        rows = sorted((row for row in found["rows"].values() if "error" not in row), key=lambda row: row["bits"])
+        lines = [
+            [f"`{row['scheme']}`", f"{row['bits']:.2f}", f"{row['nbytes'] / 2**20:.2f}", f"{row['ratio']:.2f}x"]
+            + [f"{row['ratio_16bit']:.2f}x", *(f"{row[name]:.4f}" for name in ("kl_mean", "kl_median"))]
+            + [f"{row['kl_p99']:.3f}", f"{row['kl_last']:.4f}", f"{row['top1']:.1%}", f"{row['perplexity']:.2f}"]
+            + [f"{row['greedy']:.0f}"]
+            for row in rows
+        ]
+        head = ["scheme", "bits", "MiB held", "ratio", "ratio in 16 bits", "KL mean", "median", "p99", "last 64"]
+        head += ["top-1", f"perplexity (fp16: {rows[0]['reference_perplexity']:.2f})", "greedy"]
+        failed = [f"- `{row['scheme']}`: {row['error']}" for row in found["rows"].values() if "error" in row]
+        parts.append(
+            f"## {TITLES[model]}\n\n![KL against bits](frontier-{model}.png)\n\n{table(head, lines)}"
+            + ("\n\nNot possible on this model:\n\n" + "\n".join(failed) if failed else "")
+        )
+    parts.append(f"## What settings are worth\n\n{_settings()}")
+    texts, machine = ", ".join(found["texts"]), found["machine"]
+    return f"Texts: {texts}; {found['prefill']} tokens prefilled, {found['steps']} steps; {machine}.\n\n" + "\n\n".join(
+        parts
+    )
+
+
+def _settings() -> str:
+    """KL mean of schemes with a setting, and of the schemes without it."""
+    lines = []
+    for scheme in quality(MODELS[0])["rows"]:
+        base, _, setting = scheme.partition(",")
+        if not setting or "@" in base or "=" in base:
+            continue
+        cells = []
+        for model in MODELS:
+            rows = quality(model)["rows"]
+            own, plain = rows.get(scheme, {}), rows.get(base, {})
+            cells.append(f"{own['kl_mean']:.4f} ({plain['kl_mean']:.4f})" if "kl_mean" in own else "not possible")
+        lines.append([f"`{base}`", f"`{setting}`", *cells])
+    head = ["scheme", "with", *(f"KL mean, {TITLES[model]} (without)" for model in MODELS)]
+    return table(head, lines)
+
+
+def allocation() -> str:
+    """Average bits by gradients and by activations against the same bits for all heads."""
+    lines = []
+    for average, same in (("2", "tq2"), ("2.5", "tq2.5"), ("3", "tq3"), ("4", "tq4")):
+        cells = []
+        for model in MODELS:
+            rows = quality(model)["rows"]
+            names = (same, f"tq@{average}", f"tq@{average},sensitivity=activation")
+            cells += [f"{rows[name]['kl_mean']:.4f}" for name in names]
+        lines.append([average, *cells])
+    head = ["bits"] + [
+        f"{TITLES[m]}: {kind}" for m in MODELS for kind in ("the same for all", "gradient", "activation")
+    ]
+    machine = quality(MODELS[0])["machine"]
+    return (
+        "KL mean, nats a token, at equal bytes (2.5 bits for all heads are `tq2.5`, whose two scales a token take "
+        f"0.25 bits more at head size 64). `python benchmarks/quality.py`; {machine}.\n\n" + table(head, lines)
+    )
 
 
 def serving() -> str:
@@ -116,6 +174,8 @@ def inserted(text: str, content: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "README.md": readme_table,
     "docs/measurements.md": measurements,
+    "docs/quality.md": quality_tables,
+    "docs/allocation.md": allocation,
     "docs/serving.md": serving,
 }
 
