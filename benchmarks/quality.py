@@ -93,7 +93,9 @@ def main() -> None:
         (RESULTS / f"{label}.json").write_text(found.to_json() + "\n")
         if not arguments.schemes:
             title = f"{name}: {len(texts)} texts, {arguments.prefill} tokens of prefill and {arguments.steps} steps"
-            plot_frontier(found.rows, DOCS / f"frontier-{name}.png", title)
+            plot_frontier(
+                [row for row in found.rows if row.scheme not in VARIANTS], DOCS / f"frontier-{name}.png", title
+            )
 
 
 if __name__ == "__main__":
