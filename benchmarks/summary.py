@@ -11,6 +11,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SCHEMES = ("tq4", "tq3", "rvq1")
+AVERAGES = ("tq@4", "tq@3", "tq@2")
 MODELS = ("smollm2", "gemma3")
 TITLES = {"smollm2": "SmolLM2-135M", "gemma3": "Gemma 3 270M"}
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -63,7 +64,11 @@ def readme_table() -> str:
         )
     head = ["`kv_scheme`", "SmolLM2-135M, smaller at 1,000 / 4,096 tokens", "Gemma 3 270M, at 4,096"]
     head += ["KL to fp16, nats a token", "same top-1 token", "decode speed (CPU)", "prefill speed (CPU)"]
-    return table(head, rows)
+    averages = []
+    for scheme in AVERAGES:
+        cells = [f"{quality(model)['rows'][scheme]['kl_mean']:.4f}" for model in MODELS]
+        averages.append(f"`{scheme}` {' / '.join(cells)}")
+    return table(head, rows) + f"\n\nKL with bits allocated by `kvq calibrate`, at equal bits: {', '.join(averages)}."
 
 
 def measurements() -> str:
