@@ -115,7 +115,7 @@ class KVQCache(_BaseCache):
     @property
     def uses_frame(self) -> bool:
         """Whether keys are encoded in the rotary frame."""
-        return self.spec.frame and not self.key_codec.exact
+        return self.spec.framed
 
     @property
     def block(self) -> int:

@@ -161,6 +161,16 @@ class LayerSpec:
         scaling = SIDE_SCALING[side] if self.scaling == MATCHED else self.scaling
         return get_codec(name, self.seed, self.rotation, scaling)
 
+    @property
+    def framed(self) -> bool:
+        """Whether keys are encoded in the rotary frame, from which they come as float32; raises `CodecError`."""
+        return self.frame and not self.key_codec.exact
+
+    def bits_per_element(self, key_dim: int, value_dim: int, dtype: str = "float16") -> tuple[float, float]:
+        """All-in bits of packed keys and of values, for keys and values of `dtype`; raises `CodecError`."""
+        keys = self.key_codec.bits_per_element(key_dim, "float32" if self.framed else dtype)
+        return keys, self.value_codec.bits_per_element(value_dim, dtype)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return asdict(self)

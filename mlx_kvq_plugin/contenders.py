@@ -157,7 +157,7 @@ def _codec_bits(plan: LayerPlan, cache: Any) -> tuple[float, float]:
     if not isinstance(cache, KVQCache):
         return 16.0, 16.0
     keys, values = _dims(plan)
-    return cache.key_codec.bits_per_element(keys), cache.value_codec.bits_per_element(values)
+    return cache.spec.bits_per_element(keys, values)
 
 
 def _average(layers: Sequence[tuple[LayerPlan, Any]], sides: Sequence[tuple[float, float]]) -> float:

@@ -172,7 +172,7 @@ def _codec_names(family: str) -> list[str]:
 def _row(name: str, head_dim: int, dtype: str) -> SchemeRow:
     try:
         config = parse_scheme(name)
-        sides = [get_codec(side).bits_per_element(head_dim, dtype) for side in (config.key, config.value)]
+        sides = config.layer_spec().bits_per_element(head_dim, head_dim, dtype)
     except (CodecError, SchemeError) as error:
         return SchemeRow(name, None, str(error))
     note = "" if config.key == config.value else f"keys {config.key}, values {config.value}"
