@@ -1,0 +1,279 @@
+"""Kernel texts run on the CPU: backends for `mlx_kvq_plugin.kernels.build` that compile them with g++.
+
+`register_backends()` adds, for `build(..., on=...)`:
+
+- `cpu`: lanes hold matrices as on CUDA;
+- `cpu-orders`: the same under three orders of threads, with outputs that must be equal to the bit, which finds missing
+  barriers;
+- `cpu-metal-layout`: as `cpu-orders`, lanes hold matrices as on Metal;
+- `cpu-metal`: the Metal prelude itself, on `metal_shim.h`.
+
+A kernel becomes a program that reads its arrays from a pipe, so that sanitizers need not be loaded into Python. An
+access outside of an array, an unaligned load, threads that wait at different places or too much shared memory raise
+`KernelRunError`, whose text is the report. What a kernel does not write stays 0xFF bytes (NaN in floating point).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import struct
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_kvq_plugin.kernels import build
+
+HERE = Path(__file__).parent
+FORWARD, REVERSE = (0, 0), (1, 0)
+ALL_ORDERS = (FORWARD, REVERSE, (2, 1))
+TIMEOUT_SECONDS = 300
+KEEP_SECONDS = 14 * 24 * 3600
+
+# As the signatures that MLX writes call them; both preludes know the names of half precision types.
+TYPES = {
+    mx.bool_: "bool",
+    mx.uint8: "uint8_t",
+    mx.uint16: "uint16_t",
+    mx.uint32: "uint32_t",
+    mx.uint64: "uint64_t",
+    mx.int8: "int8_t",
+    mx.int16: "int16_t",
+    mx.int32: "int32_t",
+    mx.int64: "int64_t",
+    mx.float32: "float",
+    mx.float16: "kvq_half",
+    mx.bfloat16: "kvq_bfloat",
+}
+NUMPY = {mx.bool_: np.bool_, mx.bfloat16: np.uint16}
+
+# Parameters that MLX adds to a Metal kernel whose body names them, and what the fibers know about them.
+ATTRIBUTES = {
+    "simdgroup_index_in_threadgroup": ("uint", "kvq_host_thread() / 32"),
+    "thread_index_in_simdgroup": ("uint", "kvq_host_thread() % 32"),
+    "thread_position_in_threadgroup": ("uint3", "uint3(kvq_host_thread(), 0, 0)"),
+    "threadgroup_position_in_grid": ("uint3", "uint3(kvq_host_group(0), kvq_host_group(1), kvq_host_group(2))"),
+}
+
+CHECKS = "address,alignment,bounds,float-cast-overflow,integer-divide-by-zero,shift,signed-integer-overflow"
+FLAGS = ["-std=c++17", "-ffp-contract=off", "-w"] + (["-mf16c"] if platform.machine() in ("x86_64", "AMD64") else [])
+KERNEL_FLAGS = [*FLAGS, "-O1", "-g1", f"-fsanitize={CHECKS}", "-fno-sanitize-recover=all"]
+HOST_FLAGS = [*FLAGS, "-O2"]
+
+
+class KernelRunError(AssertionError):
+    """A kernel text that does not compile, or a run that a check stopped; the message is the report."""
+
+
+def cache_folder() -> Path:
+    """Where compiled programs are kept; those unused for two weeks are removed."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "mlx-kvq-plugin" / "kernel-tests"
+
+
+@cache
+def _compiler() -> str:
+    """What a compiled file depends on besides its text."""
+    version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
+    return version + platform.machine() + " ".join(KERNEL_FLAGS + HOST_FLAGS)
+
+
+@cache
+def _folder() -> Path:
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        try:
+            if path.stat().st_mtime < time.time() - KEEP_SECONDS:
+                path.unlink()
+        except FileNotFoundError:
+            pass  # another process was faster
+    return folder
+
+
+def _compiled(text: str, suffix: str, arguments: Sequence[str]) -> Path:
+    """The file that g++ makes of a text, from the cache if it is there."""
+    digest = hashlib.sha256("\n".join([text, _compiler(), *arguments]).encode()).hexdigest()[:32]
+    path = _folder() / (digest + suffix)
+    if path.exists():
+        os.utime(path)
+        return path
+    with tempfile.TemporaryDirectory(dir=_folder().parent) as folder:
+        source, made = Path(folder, "kernel.cpp"), Path(folder, "made")
+        source.write_text(text)
+        command = ["g++", *arguments, f"-I{HERE}", str(source), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise KernelRunError(f"a kernel text must compile, g++ says:\n{done.stderr}")
+        made.replace(path)  # at once, so that processes may race
+    return path
+
+
+@cache
+def _harness() -> Path:
+    text = (HERE / "fibers.cpp").read_text()
+    return _compiled(text + f"// {(HERE / 'fibers.h').read_text()!r}\n", ".o", [*HOST_FLAGS, "-c"])
+
+
+@dataclass(frozen=True)
+class CpuKernel:
+    """A callable as `mx.fast.metal_kernel` returns it."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    source: str
+    header: str
+    metal: bool
+    orders: tuple[tuple[int, int], ...]
+
+    def text(self, dtypes: Sequence[mx.Dtype]) -> str:
+        """The C++ text for arrays of these dtypes, inputs before outputs."""
+        names = [*self.inputs, *self.outputs]
+        parameters, arguments = [], []
+        for i, (name, dtype) in enumerate(zip(names, dtypes, strict=True)):
+            const, space = ("const ", "device ") if name in self.inputs else ("", "device ")
+            kind = f"{const}{space if self.metal else ''}{TYPES[dtype]}*"
+            parameters.append(f"{kind} {name}")
+            arguments.append(f"({kind})arrays[{i}]")
+            if name in self.inputs and f"{name}_shape" in self.source:
+                parameters.append(f"const int* {name}_shape")
+                arguments.append(f"shapes[{i}]")
+            if name in self.inputs and f"{name}_ndim" in self.source:
+                raise KernelRunError(f"kernels must not ask for the dimensions of {name}, they are constants")
+        if self.metal:
+            for attribute, (kind, value) in ATTRIBUTES.items():
+                if attribute in self.source:
+                    parameters.append(f"{kind} {attribute}")
+                    arguments.append(value)
+        host = "metal_shim.h" if self.metal else "fibers.h"
+        shim = (HERE / host).read_text() if self.metal else ""
+        header = re.sub(r"#include <metal[^\n]*\n", "", self.header) if self.metal else self.header
+        listed = ", ".join(f'"{name}"' for name in names)
+        return (
+            f'#include "{host}"\n'
+            f'#line 1 "{self.name}_functions"\n{header}\n'
+            f'#line 1 "{self.name}_body"\n'
+            f"static void kvq_body({', '.join(parameters)}) {{\n#line 1\n{self.source}\n}}\n"
+            f"const char* const kvq_host_names[] = {{{listed}}};\n"
+            f"void kvq_host_kernel(void* const* arrays, const int* const* shapes) {{ kvq_body({', '.join(arguments)}); }}\n"
+            f"// {(HERE / 'fibers.h').read_text()!r} {shim!r}\n"
+        )
+
+    def program(self, dtypes: Sequence[mx.Dtype]) -> Path:
+        """The compiled text."""
+        return _compiled(self.text(dtypes), ".run", [*KERNEL_FLAGS, str(_harness())])
+
+    def __call__(
+        self,
+        inputs: Sequence[mx.array],
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        output_shapes: Sequence[Sequence[int]],
+        output_dtypes: Sequence[mx.Dtype],
+        **_: Any,
+    ) -> list[mx.array]:
+        """Runs the kernel; arguments that have no meaning here (`template`, `stream`, `verbose`) are ignored.
+
+        Raises:
+            KernelRunError: with the report of a check that failed.
+        """
+        arrays = list(zip(self.inputs, inputs, strict=True))
+        outputs = list(zip(self.outputs, output_shapes, output_dtypes, strict=True))
+        threads, groups = _groups(grid, threadgroup)
+        program = self.program([array.dtype for _, array in arrays] + [dtype for _, _, dtype in outputs])
+        numbers = [len(arrays), len(outputs), threads, *groups, len(self.orders)]
+        numbers += [number for order in self.orders for number in order]
+        data = []
+        for name, array in arrays:
+            data.append(_bytes(name, array))
+            numbers += [len(data[-1]), array.ndim, *array.shape]
+        sizes = [int(np.prod(shape, dtype=np.int64)) * dtype.size for _, shape, dtype in outputs]
+        for (_, shape, _), size in zip(outputs, sizes, strict=True):
+            numbers += [size, len(shape), *shape]
+        written = _run(self.name, program, struct.pack(f"<{len(numbers)}q", *numbers) + b"".join(data))
+        found, at = [], 0
+        for (_, shape, dtype), size in zip(outputs, sizes, strict=True):
+            kind = NUMPY.get(dtype) or np.dtype(str(dtype).split(".")[-1])
+            host = np.frombuffer(written[at : at + size], dtype=kind).reshape(shape)
+            found.append(mx.array(host).view(dtype) if dtype == mx.bfloat16 else mx.array(host))
+            at += size
+        return found
+
+
+def _groups(grid: Sequence[int], threadgroup: Sequence[int]) -> tuple[int, list[int]]:
+    """Threads of a group, and groups along each axis."""
+    threads = threadgroup[0]
+    if tuple(threadgroup[1:]) != (1, 1):
+        raise KernelRunError(f"groups must extend along x only, got {tuple(threadgroup)}")
+    if grid[0] % threads != 0 or min(grid) < 1:
+        raise KernelRunError(f"a grid must hold whole groups of {threads} threads, at least one, got {tuple(grid)}")
+    return threads, [grid[0] // threads, grid[1], grid[2]]
+
+
+def _bytes(name: str, array: mx.array) -> bytes:
+    """What lies in memory: one element of a view in which all are the same, else the elements in row-major order."""
+    if array.ndim == 0:
+        raise KernelRunError(f"input {name} must have a dimension: on Metal a number is no pointer")
+    host = np.asarray(memoryview(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array))
+    if host.size and host.ndim and not any(stride for stride, n in zip(host.strides, host.shape, strict=True) if n > 1):
+        return host[(slice(0, 1),) * host.ndim].tobytes()
+    if not host.flags.c_contiguous:
+        raise KernelRunError(f"input {name} must be row-contiguous, got strides {host.strides} of shape {host.shape}")
+    return host.tobytes()
+
+
+def _run(name: str, program: Path, data: bytes) -> bytes:
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("LD_PRELOAD", "DYLD_INSERT_LIBRARIES")
+    }
+    environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0:exitcode=4"
+    environment["UBSAN_OPTIONS"] = "print_stacktrace=0"
+    done = subprocess.run([str(program)], input=data, capture_output=True, env=environment, timeout=TIMEOUT_SECONDS)
+    if done.returncode != 0:
+        report = done.stderr.decode(errors="replace")
+        lines = [line for line in report.splitlines() if line.startswith("kernel:") or "runtime error" in line]
+        raise KernelRunError("\n".join([f"{name}: " + " ".join(lines), report[-4000:]]))
+    return done.stdout
+
+
+def cpu_kernel(
+    name: str,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    source: str,
+    header: str = "",
+    ensure_row_contiguous: bool = True,
+    layout: str = "cuda",
+    orders: Sequence[tuple[int, int]] = (FORWARD,),
+    prelude: str = "cpu",
+) -> CpuKernel:
+    """As `mx.fast.metal_kernel`, for the CPU.
+
+    Args:
+        layout: `cuda` or `metal`, how lanes hold matrices in the CPU prelude.
+        orders: pairs of an order of threads (0 forward, 1 reverse, 2 shuffled) and its seed; outputs must not differ.
+        prelude: whose `header` this is, `cpu` or `metal`.
+    """
+    if layout == "metal":
+        header = "#define KVQ_METAL_LAYOUT\n" + header
+    return CpuKernel(
+        name, tuple(input_names), tuple(output_names), source, header, prelude == "metal", tuple(map(tuple, orders))
+    )
+
+
+def register_backends() -> None:
+    """Add the backends of this module to `build`."""
+    build.register_backend("cpu", cpu_kernel)
+    build.register_backend("cpu-orders", partial(cpu_kernel, orders=ALL_ORDERS))
+    build.register_backend("cpu-metal-layout", partial(cpu_kernel, layout="metal", orders=ALL_ORDERS))
