@@ -65,8 +65,16 @@ ATTRIBUTES = {
     "threadgroup_position_in_grid": ("uint3", "uint3(kvq_host_group(0), kvq_host_group(1), kvq_host_group(2))"),
 }
 
+# A shared array of Metal becomes what the fibers fill with NaN and count.
+METAL_SHARED = """#undef KVQ_SHARED_ARRAY
+#define KVQ_SHARED_ARRAY(type, name, count) \\
+  alignas(16) static type name[count]; kvq_host_shared(name, sizeof(name), #name)
+"""
+
 CHECKS = "address,alignment,bounds,float-cast-overflow,integer-divide-by-zero,shift,signed-integer-overflow"
-FLAGS = ["-std=c++17", "-ffp-contract=off", "-w"] + (["-mf16c"] if platform.machine() in ("x86_64", "AMD64") else [])
+FLAGS = ["-std=c++17", "-fno-strict-aliasing", "-ffp-contract=off", "-w"] + (
+    ["-mf16c"] if platform.machine() in ("x86_64", "AMD64") else []
+)
 KERNEL_FLAGS = [*FLAGS, "-O1", "-g1", f"-fsanitize={CHECKS}", "-fno-sanitize-recover=all"]
 HOST_FLAGS = [*FLAGS, "-O2"]
 
@@ -158,7 +166,8 @@ class CpuKernel:
                     arguments.append(value)
         host = "metal_shim.h" if self.metal else "fibers.h"
         shim = (HERE / host).read_text() if self.metal else ""
-        header = re.sub(r"#include <metal[^\n]*\n", "", self.header) if self.metal else self.header
+        header = re.sub(r"#include <metal[^\n]*\n", "", self.header) + METAL_SHARED if self.metal else self.header
+        body = f"kvq_body({', '.join(arguments)})"
         listed = ", ".join(f'"{name}"' for name in names)
         return (
             f'#include "{host}"\n'
@@ -166,7 +175,7 @@ class CpuKernel:
             f'#line 1 "{self.name}_body"\n'
             f"static void kvq_body({', '.join(parameters)}) {{\n#line 1\n{self.source}\n}}\n"
             f"const char* const kvq_host_names[] = {{{listed}}};\n"
-            f"void kvq_host_kernel(void* const* arrays, const int* const* shapes) {{ kvq_body({', '.join(arguments)}); }}\n"
+            f"void kvq_host_kernel(void* const* arrays, const int* const* shapes) {{ {body}; }}\n"
             f"// {(HERE / 'fibers.h').read_text()!r} {shim!r}\n"
         )
 
@@ -277,3 +286,4 @@ def register_backends() -> None:
     build.register_backend("cpu", cpu_kernel)
     build.register_backend("cpu-orders", partial(cpu_kernel, orders=ALL_ORDERS))
     build.register_backend("cpu-metal-layout", partial(cpu_kernel, layout="metal", orders=ALL_ORDERS))
+    build.register_backend("cpu-metal", partial(cpu_kernel, prelude="metal", orders=ALL_ORDERS), prelude="metal")
