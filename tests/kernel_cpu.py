@@ -19,6 +19,7 @@ import hashlib
 import os
 import platform
 import re
+import shutil
 import struct
 import subprocess
 import tempfile
@@ -29,6 +30,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import metal_check
 import mlx.core as mx
 import numpy as np
 
@@ -166,7 +168,10 @@ class CpuKernel:
                     arguments.append(value)
         host = "metal_shim.h" if self.metal else "fibers.h"
         shim = (HERE / host).read_text() if self.metal else ""
-        header = re.sub(r"#include <metal[^\n]*\n", "", self.header) + METAL_SHARED if self.metal else self.header
+        header = self.header
+        if self.metal:
+            header = re.sub(r"#include <metal[^\n]*\n", "", header) + METAL_SHARED
+            header = header.replace("inline __attribute__((always_inline))", "static inline")  # compiles much faster
         body = f"kvq_body({', '.join(arguments)})"
         listed = ", ".join(f'"{name}"' for name in names)
         return (
@@ -182,6 +187,15 @@ class CpuKernel:
     def program(self, dtypes: Sequence[mx.Dtype]) -> Path:
         """The compiled text."""
         return _compiled(self.text(dtypes), ".run", [*KERNEL_FLAGS, str(_harness())])
+
+    def check_metal(self, dtypes: Sequence[mx.Dtype], shapes: Sequence[Sequence[int]]) -> None:
+        """Raises `KernelRunError` if the text breaks a rule of Metal, with the signature for these arrays."""
+        names = [*self.inputs, *self.outputs]
+        parameters = metal_check.signature(names, dtypes, shapes, len(self.inputs), self.source)
+        found = metal_check.complaints(self.header) + metal_check.complaints(self.source)
+        found += metal_check.compiler_complaints(self.header, self.source, parameters)
+        if found:
+            raise KernelRunError("\n".join([f"{self.name}: Metal would not take this text:", *found]))
 
     def __call__(
         self,
@@ -200,7 +214,10 @@ class CpuKernel:
         arrays = list(zip(self.inputs, inputs, strict=True))
         outputs = list(zip(self.outputs, output_shapes, output_dtypes, strict=True))
         threads, groups = _groups(grid, threadgroup)
-        program = self.program([array.dtype for _, array in arrays] + [dtype for _, _, dtype in outputs])
+        dtypes = [array.dtype for _, array in arrays] + [dtype for _, _, dtype in outputs]
+        if self.metal:
+            self.check_metal(dtypes, [array.shape for _, array in arrays] + [shape for _, shape, _ in outputs])
+        program = self.program(dtypes)
         numbers = [len(arrays), len(outputs), threads, *groups, len(self.orders)]
         numbers += [number for order in self.orders for number in order]
         data = []
@@ -252,7 +269,7 @@ def _run(name: str, program: Path, data: bytes) -> bytes:
     if done.returncode != 0:
         report = done.stderr.decode(errors="replace")
         lines = [line for line in report.splitlines() if line.startswith("kernel:") or "runtime error" in line]
-        raise KernelRunError("\n".join([f"{name}: " + " ".join(lines), report[-4000:]]))
+        raise KernelRunError("\n".join([f"{name}: " + " ".join(lines), report.partition("Shadow bytes")[0][:4000]]))
     return done.stdout
 
 
@@ -281,9 +298,52 @@ def cpu_kernel(
     )
 
 
+BACKENDS: dict[str, dict[str, Any]] = {
+    "cpu": {},
+    "cpu-orders": {"orders": ALL_ORDERS},
+    "cpu-metal-layout": {"orders": ALL_ORDERS, "layout": "metal"},
+    "cpu-metal": {"orders": ALL_ORDERS, "prelude": "metal"},
+}
+
+
 def register_backends() -> None:
     """Add the backends of this module to `build`."""
-    build.register_backend("cpu", cpu_kernel)
-    build.register_backend("cpu-orders", partial(cpu_kernel, orders=ALL_ORDERS))
-    build.register_backend("cpu-metal-layout", partial(cpu_kernel, layout="metal", orders=ALL_ORDERS))
-    build.register_backend("cpu-metal", partial(cpu_kernel, prelude="metal", orders=ALL_ORDERS), prelude="metal")
+    for name, options in BACKENDS.items():
+        build.register_backend(name, partial(cpu_kernel, **options), options.get("prelude", "cpu"))
+
+
+def why_not() -> str:
+    """Why kernel texts cannot be run on this machine; empty if they can."""
+    if platform.system() != "Linux":
+        return "the fibers of kernel texts are for Linux"
+    return "" if shutil.which("g++") else "kernel texts need g++"
+
+
+def run_body(
+    body: str,
+    inputs: dict[str, mx.array],
+    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
+    on: str = "cpu",
+    functions: str = "",
+    threads: int = 32,
+    groups: tuple[int, int, int] = (1, 1, 1),
+    orders: Sequence[tuple[int, int]] | None = None,
+) -> list[mx.array]:
+    """The outputs of a kernel that is no file: `body` on the prelude of a backend and, after it, `functions`."""
+    options = dict(BACKENDS[on]) if orders is None else {**BACKENDS[on], "orders": orders}
+    prelude = options.get("prelude", "cpu")
+    kernel = cpu_kernel(
+        "kernel",
+        list(inputs),
+        list(outputs),
+        build.PROLOGUES.get(prelude, "") + body,
+        build.text(f"{prelude}.h") + functions,
+        **options,
+    )
+    return kernel(
+        inputs=list(inputs.values()),
+        grid=(threads * groups[0], groups[1], groups[2]),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[shape for shape, _ in outputs.values()],
+        output_dtypes=[dtype for _, dtype in outputs.values()],
+    )

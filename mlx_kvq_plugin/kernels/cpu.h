@@ -47,7 +47,7 @@ KVQ_FUNC float kvq_sqrt(float x) { return sqrtf(x); }
 KVQ_FUNC float kvq_tanh(float x) { return tanhf(x); }
 KVQ_FUNC float kvq_abs(float x) { return fabsf(x); }
 KVQ_FUNC float kvq_max(float x, float y) { return fmaxf(x, y); }
-KVQ_FUNC int kvq_clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
+KVQ_FUNC int kvq_min(int x, int y) { return x < y ? x : y; }
 KVQ_FUNC float kvq_fma(float x, float y, float z) { return fmaf(x, y, z); }
 
 // The last argument is the line of the call.

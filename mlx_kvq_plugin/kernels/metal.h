@@ -41,7 +41,7 @@ KVQ_FUNC float kvq_sqrt(float x) { return metal::precise::sqrt(x); }
 KVQ_FUNC float kvq_tanh(float x) { return metal::precise::tanh(x); }
 KVQ_FUNC float kvq_abs(float x) { return metal::fabs(x); }
 KVQ_FUNC float kvq_max(float x, float y) { return metal::fmax(x, y); }
-KVQ_FUNC int kvq_clamp(int x, int low, int high) { return metal::min(metal::max(x, low), high); }
+KVQ_FUNC int kvq_min(int x, int y) { return metal::min(x, y); }
 KVQ_FUNC float kvq_fma(float x, float y, float z) { return metal::fma(x, y, z); }
 
 KVQ_FUNC float kvq_shuffle_xor(float x, int mask) { return metal::simd_shuffle_xor(x, (ushort)mask); }
