@@ -3,6 +3,7 @@
 Candidates are tried in order; the last accepts every well-formed call and is the oracle of the others:
 
 * `attend_dense`: nothing is packed, or the codecs are exact: MLX's fused attention on the stored tokens.
+* `attend_fused`: a step of few tokens on a GPU, where codecs and shapes have kernels (kernels/).
 * `attend_packed`: a step of few tokens. Codes are scored in the transform domain: the query is rotated once, keys
   never are; values are summed in the transform domain and the sum is rotated back once.
 * `attend_decoded`: a prefill chunk, or the reference: the past of this one layer is decoded and joined with the dense
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, cast
 import mlx.core as mx
 
 from .errors import AttentionError
+from .kernels.dispatch import accepts_fused, fused_attention
 
 if TYPE_CHECKING:
     from .batch import BatchKVQCache
@@ -192,6 +194,11 @@ def attend_packed(args: AttendArgs) -> mx.array:
     return output.reshape(B, Hq, L, Dv).astype(queries.dtype)
 
 
+def attend_fused(args: AttendArgs) -> mx.array:
+    """The kernels of kernels/attend.py: reads codes once, allocates the partial sums of its splits."""
+    return fused_attention([args.cache], 0, args, args.mask)
+
+
 def _product_dtype(dtype: mx.Dtype) -> mx.Dtype:
     """Products run in float32 on the CPU, where half precision is slow; bfloat16 would round scores too coarsely."""
     return mx.float32 if mx.default_device() == mx.cpu or dtype == mx.float32 else mx.float16
@@ -248,12 +255,17 @@ def _accepts_dense(args: AttendArgs) -> bool:
     return _fits(args) and (args.cache.packed_tokens == 0 or args.cache.exact)
 
 
+def _accepts_fused(args: AttendArgs) -> bool:
+    return _fits(args) and accepts_fused(args)
+
+
 def _accepts_packed(args: AttendArgs) -> bool:
     return _fits(args) and args.queries.shape[2] <= PACKED_QUERIES
 
 
 _CANDIDATES: tuple[tuple[Callable[[AttendArgs], bool], Callable[[AttendArgs], mx.array]], ...] = (
     (_accepts_dense, attend_dense),
+    (_accepts_fused, attend_fused),
     (_accepts_packed, attend_packed),
     (_fits, attend_decoded),
 )

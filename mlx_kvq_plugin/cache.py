@@ -22,6 +22,7 @@ from .config import LayerSpec
 from .errors import CacheStateError
 from .frame import MIN_TOKENS, SKIP_TOKENS, KeyFrame, fit_frame, query_energy
 from .handle import KVHandle
+from .kernels.build import backend
 from .planes import Rows, expanded, shared_planes, with_new_rows, without_newest
 from .rotary import Rotary, no_rotation
 from .routing import RouteLease
@@ -29,8 +30,10 @@ from .routing import RouteLease
 if TYPE_CHECKING:
     from .attention import AttendArgs
     from .batch import BatchKVQCache
+    from .kernels.attend import FusedPlan
 
 BLOCK = 8  # tokens between two encodings during decoding, and the least the planes grow by
+TILE = 64  # tokens that kernels go through at a time
 STEP_TOKENS = 16  # a call with at most this many new tokens is a decode (or verification) step, not prefill
 
 Planes = dict[str, mx.array]
@@ -50,9 +53,18 @@ def flat_caches(caches: Sequence[Any]) -> Iterator[Any]:
             yield cache
 
 
+def tile_rows(tokens: int) -> int:
+    """`tokens` up to whole tiles of 64."""
+    return -(-tokens // TILE) * TILE
+
+
 def plane_capacity(tokens: int) -> int:
-    """Tokens allocated for `tokens` packed ones when planes grow while decoding: room for at most 1/256 more."""
-    return tokens + max(0, tokens // 256 // BLOCK - 1) * BLOCK
+    """Tokens allocated for `tokens` packed ones when planes grow while decoding.
+
+    Room for at most 1/256 more; on a GPU at least up to whole tiles, which kernels read to their end.
+    """
+    capacity = tokens + max(0, tokens // 256 // BLOCK - 1) * BLOCK
+    return max(capacity, tile_rows(tokens)) if backend() else capacity
 
 
 class KVQCache(_BaseCache):
@@ -74,6 +86,7 @@ class KVQCache(_BaseCache):
         self.route = route
         self.shared = shared
         self.padding_refused = ""  # why the model cannot process padded prompts (Adapter)
+        self.plans: dict[object, FusedPlan] = {}  # of fused attention, by kind of call
         self._clear()
 
     def _clear(self) -> None:
@@ -399,6 +412,20 @@ class KVQCache(_BaseCache):
         self._packed += count
         if not fits:
             self._packed_start = 0
+
+    def reserve_tiles(self) -> None:
+        """Room in the planes for whole tiles of tokens, which kernels read to their end."""
+        start, stop = self._packed_start, self._packed_start + tile_rows(self._packed)
+        if self.plane_rows >= stop:
+            return
+        room, shared = stop - start - self._packed, self._shared_planes()
+        keys, values = self.live_planes()
+
+        def padded(planes: Planes, shared: Mapping[str, int]) -> Planes:
+            return {name: rows if name in shared else pad_tokens(rows, room) for name, rows in planes.items()}
+
+        self.key_planes, self.value_planes = padded(keys, shared[0]), padded(values, shared[1])
+        self._packed_start = 0
 
     # ---- stored tokens, for attention --------------------------------------------------------------------------
 

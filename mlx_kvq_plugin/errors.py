@@ -70,3 +70,7 @@ class DemoModelError(KVQError):
 
 class CorpusError(KVQError, ValueError):
     """No text of this name ships with the package."""
+
+
+class KernelError(KVQError):
+    """A GPU kernel cannot be built for a device, a codec or a shape."""

@@ -137,8 +137,11 @@ def _checked(rope: Callable[..., mx.array], dim: int, rotary: Rotary) -> tuple[R
 _tables: dict[Rotary, tuple[mx.array, mx.array, mx.array]] = {}
 
 
-def block_tables(rotary: Rotary, blocks: int) -> tuple[mx.array, mx.array, mx.array]:
+def block_tables(rotary: Rotary, blocks: int, whole: bool = False) -> tuple[mx.array, mx.array, mx.array]:
     """Tables to turn by any position `n = BLOCK * b + i`, shared by all layers with this rotary.
+
+    Args:
+        whole: give the tables as they are kept, with at least `blocks` rows, not cut to them.
 
     Returns:
         cos and sin `(blocks, P)` at the block starts, and cos beside sin `(BLOCK, 2 P)` inside a block, float32,
@@ -157,6 +160,8 @@ def block_tables(rotary: Rotary, blocks: int) -> tuple[mx.array, mx.array, mx.ar
         )
         mx.eval(*known)  # lazy arrays cannot cross threads
         _tables[rotary] = known
+    if whole:
+        return known
     return known[0][:blocks], known[1][:blocks], known[2]
 
 

@@ -1,0 +1,173 @@
+"""Attention of a decode step alone, on a GPU: fused kernels against MLX's own attention on 16-bit keys and values.
+
+    python benchmarks/attention.py [--tokens 4096 32768 131072] [--schemes tq4 tq3 rvq1] [--heads 32 8] [--dim 128]
+
+Every measurement is a chain of dependent calls (the output is the next query) over the caches of several layers, more
+bytes together than the GPU's second-level cache holds. Runs alternate between schemes; figures are medians. Bytes are
+those of packed planes, or of 16-bit keys and values; bandwidth is compared with a copy (bytes read plus bytes written)
+measured in the same run. Outputs are compared with the plain operations of `attend_packed` first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+from common import machine, print_table, store
+
+import mlx_kvq_plugin as kvq
+from mlx_kvq_plugin.attention import AttendArgs, attend_packed
+from mlx_kvq_plugin.cache import KVQCache
+from mlx_kvq_plugin.kernels.dispatch import fused_attention
+from mlx_kvq_plugin.rotary import Rotary, turn
+
+CHUNK = 2048
+BEYOND_CACHE = 256 * 2**20  # bytes that a chain goes through before it comes back to the first
+
+
+def copy_bandwidth() -> float:
+    """Bytes read plus bytes written a second by an elementwise pass over 1 GiB."""
+    x = mx.ones((2**28,), mx.float32)
+    mx.eval(x)
+    times = []
+    for _ in range(8):
+        begin = time.perf_counter()
+        y = x
+        for _ in range(4):
+            y = -y
+        mx.eval(y)
+        times.append((time.perf_counter() - begin) / 4)
+    return 2 * x.nbytes / statistics.median(times[2:])
+
+
+def filled(scheme: str, tokens: int, heads: int, dim: int, rotary: Rotary) -> KVQCache:
+    """A cache of random keys, with a mean before the rotation as those of models have, and values.
+
+    Only the first chunk is encoded; its planes are repeated.
+    """
+    cache = KVQCache(kvq.parse_scheme(scheme).layer_spec(), rotary)
+    keys = mx.random.normal((1, heads, CHUNK, dim)) + 2 * mx.random.normal((1, heads, 1, dim))
+    keys = turn(rotary, keys, 0, CHUNK).astype(mx.bfloat16)
+    cache.update_and_fetch(keys, mx.random.normal((1, heads, CHUNK, dim)).astype(mx.bfloat16))
+    cache.observe_queries(mx.random.normal((1, heads, CHUNK, dim)))
+    cache.settle()
+    more = tokens - CHUNK
+    rows = mx.arange(cache.packed_tokens + more) % cache.packed_tokens
+    cache.key_planes = {name: mx.take(x, rows, axis=2) for name, x in cache.key_planes.items()}
+    cache.value_planes = {name: mx.take(x, rows, axis=2) for name, x in cache.value_planes.items()}
+    cache._packed += more
+    cache.offset += more
+    mx.eval(cache.state)
+    return cache
+
+
+def copies(cache: KVQCache, count: int) -> list[KVQCache]:
+    """The cache and `count - 1` more of other memory."""
+    found = [cache]
+    for _ in range(count - 1):
+        other = copy.copy(cache)
+        other.key_planes = {name: x + mx.zeros_like(x) for name, x in cache.key_planes.items()}
+        other.value_planes = {name: x + mx.zeros_like(x) for name, x in cache.value_planes.items()}
+        mx.eval(other.key_planes, other.value_planes)
+        found.append(other)
+    return found
+
+
+def packed_nbytes(cache: KVQCache) -> int:
+    return sum(x.nbytes for planes in (cache.key_planes, cache.value_planes) for x in planes.values())
+
+
+def chain_time(step: Callable[[int, mx.array], mx.array], query: mx.array, length: int) -> tuple[float, float]:
+    """Seconds a call in a chain, and those of them that building the graph takes."""
+    begin = time.perf_counter()
+    for i in range(length):
+        query = step(i, query)
+    built = time.perf_counter()
+    mx.eval(query)
+    return (time.perf_counter() - begin) / length, (built - begin) / length
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 32768, 131072])
+    parser.add_argument("--schemes", nargs="+", default=["tq4", "tq3", "rvq1"])
+    parser.add_argument("--heads", nargs=2, type=int, default=[32, 8], help="query heads and KV heads")
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--length", type=int, default=48, help="calls of a chain")
+    parser.add_argument("--store", action="store_true", help="write results/attention.json")
+    arguments = parser.parse_args()
+    Hq, Hkv, dim = *arguments.heads, arguments.dim
+    rotary = Rotary("half", tuple(1e6 ** (-2 * j / dim) for j in range(dim // 2)))
+    copied = copy_bandwidth()
+    print(machine(), f"copy {copied / 1e12:.2f} TB/s", flush=True)
+    rows: list[dict[str, Any]] = []
+    scale = dim**-0.5
+    for tokens in arguments.tokens:
+        query = mx.random.normal((1, Hq, 1, dim)).astype(mx.bfloat16)
+        steps: dict[str, Any] = {}
+        nbytes = {"fp16": 2 * 2 * Hkv * tokens * dim}
+        dense = [
+            tuple(mx.random.normal((1, Hkv, tokens, dim)).astype(mx.bfloat16) for _ in range(2))
+            for _ in range(max(1, -(-BEYOND_CACHE // nbytes["fp16"])))
+        ]
+        mx.eval(dense, query)
+
+        def stock(i: int, q: mx.array, dense: Any = dense) -> mx.array:
+            return mx.fast.scaled_dot_product_attention(q, *dense[i % len(dense)], scale=scale, mask=None)
+
+        steps["fp16"] = stock
+        errors = {"fp16": 0.0}
+        for scheme in arguments.schemes:
+            cache = filled(scheme, tokens, Hkv, dim, rotary)
+            nbytes[scheme] = packed_nbytes(cache)
+            layers = copies(cache, max(1, -(-BEYOND_CACHE // nbytes[scheme])))
+
+            def arguments_of(c: KVQCache, q: mx.array) -> AttendArgs:
+                return AttendArgs(q, c, scale, None, None, mx.bfloat16, mx.bfloat16)
+
+            def fused(i: int, q: mx.array, layers: Any = layers) -> mx.array:
+                c = layers[i % len(layers)]
+                return fused_attention([c], 0, arguments_of(c, q), None)
+
+            expected = attend_packed(arguments_of(cache, query.astype(mx.float32)))
+            got = fused(0, query).astype(mx.float32)
+            errors[scheme] = float(mx.linalg.norm(got - expected) / mx.linalg.norm(expected))
+            steps[scheme] = fused
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+        for _ in range(arguments.rounds + 2):
+            for name, step in steps.items():
+                times[name].append(chain_time(step, query, arguments.length))
+        medians = {name: statistics.median(whole for whole, _ in found[2:]) for name, found in times.items()}
+        for name, seconds in medians.items():
+            host = statistics.median(build for _, build in times[name][2:])
+            bandwidth = nbytes[name] / seconds
+            rows.append(
+                {
+                    "tokens": tokens,
+                    "scheme": name,
+                    "us": round(1e6 * seconds, 1),
+                    "host_us": round(1e6 * host, 1),
+                    "ratio": round(medians["fp16"] / seconds, 2),
+                    "tb_s": round(bandwidth / 1e12, 2),
+                    "of_copy": round(bandwidth / copied, 2),
+                    "error": float(f"{errors[name]:.2g}"),
+                }
+            )
+        del steps, dense
+        mx.clear_cache()
+    if arguments.store:
+        store("attention", rows)
+    print_table(
+        ["tokens", "scheme", "us a call", "of them building", "ratio to fp16", "TB/s", "of copy", "relative error"],
+        [tuple(row.values()) for row in rows],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,339 @@
+// Attention of a few query rows on packed keys and values, split over tokens: partial sums and softmax statistics.
+//
+// A group serves one KV head, up to KVQ_COLUMNS query rows and one split; each of its warps goes through tiles of 64
+// tokens by itself. Keys are the rows of 16 x 16 products, decoded in registers; scores pass through a transposition
+// of registers into the weights of the values, which are summed in the transform domain.
+//
+// Defined before: KVQ_DK, KVQ_DV, KVQ_ROWS (query rows of a KV head), KVQ_COLUMNS (a multiple of 8), KVQ_WARPS,
+// KVQ_HEADS (KV heads), KVQ_SCALE, KVQ_SOFTCAP (0: none), KVQ_FRAME, KVQ_PAIRS, KVQ_HALF_LAYOUT, KVQ_MAGNITUDE,
+// KVQ_MASK (0: none, 1: bool, 2: added float32), KVQ_MASK_BATCHES, KVQ_MASK_HEADS, KVQ_MASK_QUERIES, KVQ_QUERIES (L);
+// by the prologue: batch, the pointers of this sequence and head (from its first packed token on), packed, position,
+// columns, sinks, splits.
+const int lane = KVQ_LANE, warp = KVQ_WARP, row = KVQ_ROW(lane), col = KVQ_COL(lane);
+const int first_row = KVQ_GROUP_Y % KVQ_QUERY_TILES * KVQ_COLUMNS;
+
+KVQ_SHARED_ARRAY(float, shared_rows, KVQ_COLUMNS * KVQ_SHARED_DIM);
+KVQ_SHARED_ARRAY(float, shared_factor, KVQ_COLUMNS);
+KVQ_SHARED_ARRAY(float, shared_peak, KVQ_WARPS * KVQ_COLUMNS);
+KVQ_SHARED_ARRAY(float, shared_total, KVQ_WARPS * KVQ_COLUMNS);
+KVQ_SHARED_ARRAY(float, shared_size, KVQ_WARPS);
+#if KVQ_FRAME
+KVQ_SHARED_ARRAY(float, shared_mean, KVQ_COLUMNS * KVQ_MEAN_STRIDE);
+KVQ_SHARED_ARRAY(float, shared_mean_factor, KVQ_COLUMNS);
+KVQ_SHARED_ARRAY(float, shared_constant, KVQ_COLUMNS);
+#endif
+
+// Queries in the transform domain, each divided by its largest entry, which half precision then cannot overflow.
+for (int n = warp; n < KVQ_COLUMNS; n += KVQ_WARPS) {
+  const bool used = first_row + n < KVQ_ROWS;
+  const kvq_long at = ((kvq_long)(batch * KVQ_HEADS + head) * KVQ_ROWS + first_row + n) * KVQ_DK;
+  float x[KVQ_DK / 32];
+  KVQ_UNROLL
+  for (int i = 0; i < KVQ_DK / 32; i++) {
+    const int c = 32 * i + lane;
+    x[i] = used ? kvq_to_float(queries[at + c]) * key_signs[c] : 0.0f;
+#if KVQ_FRAME
+    x[i] /= frame_scale[kvq_scale_index(c)];
+#endif
+  }
+  kvq_hadamard<KVQ_DK / 32>(x, lane);
+  float peak = 0.0f;
+  KVQ_UNROLL
+  for (int i = 0; i < KVQ_DK / 32; i++) peak = kvq_max(peak, kvq_abs(x[i]));
+  peak = kvq_warp_max(peak);
+  const float inverse = peak > 0.0f ? 1.0f / peak : 0.0f;
+  KVQ_UNROLL
+  for (int i = 0; i < KVQ_DK / 32; i++) shared_rows[n * KVQ_SHARED_DIM + 32 * i + lane] = x[i] * inverse;
+  if (lane == 0) shared_factor[n] = peak * (KVQ_SCALE * KVQ_LOG2E);
+#if KVQ_FRAME
+  // q . R_n mu = sum over pairs of even cos(n theta) + odd sin(n theta), and a constant of channels that do not turn.
+  float constant = 0.0f, size = 0.0f;
+  for (int c = 2 * KVQ_PAIRS + lane; c < KVQ_DK; c += 32)
+    constant += used ? kvq_to_float(queries[at + c]) * frame_mean[c] : 0.0f;
+  float even[KVQ_PAIR_STEPS / 4 + 1], odd[KVQ_PAIR_STEPS / 4 + 1];
+  KVQ_UNROLL
+  for (int i = 0; i < KVQ_PAIR_STEPS / 4 + 1; i++) {
+    const int p = 32 * i + lane;
+    even[i] = 0.0f, odd[i] = 0.0f;
+    if (used && p < KVQ_PAIRS) {
+      const int c = kvq_first_channel(p), d = kvq_second_channel(p);
+      const float q1 = kvq_to_float(queries[at + c]), q2 = kvq_to_float(queries[at + d]);
+      const float a = (q1 * frame_mean[c] + q2 * frame_mean[d]) * KVQ_MAGNITUDE;
+      const float b = (q2 * frame_mean[c] - q1 * frame_mean[d]) * KVQ_MAGNITUDE;
+      // Turned to the first packed token: by the start of its block, then by its place in the block.
+      const float c0 = block_cos[position / 64 * KVQ_PAIRS + p], s0 = block_sin[position / 64 * KVQ_PAIRS + p];
+      const float c1 = inner[position % 64 * 2 * KVQ_PAIRS + p], s1 = inner[(position % 64 * 2 + 1) * KVQ_PAIRS + p];
+      const float turned_cos = c0 * c1 - s0 * s1, turned_sin = s0 * c1 + c0 * s1;
+      even[i] = a * turned_cos + b * turned_sin;
+      odd[i] = b * turned_cos - a * turned_sin;
+      size = kvq_max(size, kvq_abs(even[i]) + kvq_abs(odd[i]));
+    }
+  }
+  size = kvq_warp_max(size);
+  const float smaller = size > 0.0f ? 1.0f / size : 0.0f;
+  KVQ_UNROLL
+  for (int i = 0; i < KVQ_PAIR_STEPS / 4 + 1; i++) {
+    const int p = 32 * i + lane;
+    if (p < 8 * KVQ_PAIR_STEPS) {
+      shared_mean[n * KVQ_MEAN_STRIDE + 2 * p] = even[i] * smaller;
+      shared_mean[n * KVQ_MEAN_STRIDE + 2 * p + 1] = odd[i] * smaller;
+    }
+  }
+  constant = kvq_warp_sum(constant);
+  if (lane == 0) shared_mean_factor[n] = size * (KVQ_SCALE * KVQ_LOG2E), shared_constant[n] = constant * (KVQ_SCALE * KVQ_LOG2E);
+#endif
+}
+KVQ_BARRIER();
+
+kvq_uint query[KVQ_NT][KVQ_DK / 16][2];
+float factor[KVQ_NT][2];
+#if KVQ_FRAME
+float mean_factor[KVQ_NT][2], constant[KVQ_NT][2];
+#endif
+KVQ_UNROLL
+for (int nt = 0; nt < KVQ_NT; nt++) {
+  KVQ_UNROLL
+  for (int pair = 0; pair < KVQ_DK / 8; pair++) {
+    const int at = (8 * nt + row) * KVQ_SHARED_DIM;
+    const float lead = key_lead(pair % KVQ_KEY_SLOTS);
+    const float low = shared_rows[at + key_channel(col, pair, 0)], high = shared_rows[at + key_channel(col, pair, 1)];
+    query[nt][pair / 2][pair % 2] = kvq_to_b(kvq_pack_half2(low * lead, high * lead));
+  }
+  KVQ_UNROLL
+  for (int i = 0; i < 2; i++) {
+    factor[nt][i] = shared_factor[8 * nt + 2 * col + i];
+#if KVQ_FRAME
+    mean_factor[nt][i] = shared_mean_factor[8 * nt + 2 * col + i];
+    constant[nt][i] = shared_constant[8 * nt + 2 * col + i];
+#endif
+  }
+}
+
+float sums[KVQ_NT][KVQ_DV / 16][4];
+float peak[KVQ_NT][2], total[KVQ_NT][2], size = 0.0f;
+KVQ_UNROLL
+for (int nt = 0; nt < KVQ_NT; nt++) {
+  KVQ_UNROLL
+  for (int mt = 0; mt < KVQ_DV / 16; mt++) sums[nt][mt][0] = sums[nt][mt][1] = sums[nt][mt][2] = sums[nt][mt][3] = 0.0f;
+  peak[nt][0] = peak[nt][1] = KVQ_LOWEST;
+  total[nt][0] = total[nt][1] = 0.0f;
+}
+
+const int last_tile = (packed - 1) / 64;
+const kvq_uint zero = splits < 0 ? 1 : 0;
+KVQ_NO_UNROLL
+for (int tile = KVQ_GROUP_X * KVQ_WARPS + warp; tile <= last_tile; tile += splits * KVQ_WARPS) {
+  // Planes have room for the whole of a last, partial tile; what stands there gets no weight.
+  const int tile_row = tile * 64;
+  const bool whole = tile_row + 64 <= packed;
+
+#if KVQ_FRAME
+  KVQ_DEVICE const float* cosines = block_cos + (tile * KVQ_PAIRS + col);
+  KVQ_DEVICE const float* sines = block_sin + (tile * KVQ_PAIRS + col);
+  kvq_uint mean[KVQ_NT][KVQ_PAIR_STEPS][2];
+  KVQ_UNROLL
+  for (int step = 0; step < KVQ_PAIR_STEPS; step++) {
+    KVQ_UNROLL
+    for (int i = 0; i < 2; i++) {
+      const int p = 8 * step + 4 * i + col;
+      const bool used = 8 * KVQ_PAIR_STEPS == KVQ_PAIRS || p < KVQ_PAIRS;
+      const float c = used ? cosines[8 * step + 4 * i] : 0.0f, s = used ? sines[8 * step + 4 * i] : 0.0f;
+      KVQ_UNROLL
+      for (int nt = 0; nt < KVQ_NT; nt++) {
+        const int at = (8 * nt + row) * KVQ_MEAN_STRIDE + 2 * p;
+        const float even = shared_mean[at], odd = shared_mean[at + 1];
+        mean[nt][step][i] = kvq_to_b(kvq_pack_half2(even * c + odd * s, odd * c - even * s));
+      }
+    }
+  }
+#endif
+
+  KVQ_DEVICE const kvq_byte* key_field[KVQ_KEY_FIELDS];
+  KVQ_DEVICE const kvq_byte* value_field[KVQ_VALUE_FIELDS];
+  key_fields(KVQ_KEY_PLANES, tile_row + row, col, key_field);
+  value_fields(KVQ_VALUE_PLANES, tile_row + 2 * col, row, value_field);
+  KVQ_DEVICE const kvq_bfloat* key_sizes = key_scale + (tile_row + row);
+  KVQ_DEVICE const kvq_bfloat* value_sizes = value_scale + (tile_row + row);
+
+  float scores[4][KVQ_NT][4], value_size[4][2];
+  KVQ_UNROLL
+  for (int sub = 0; sub < 4; sub++) {
+    kvq_uint near_words[KVQ_KEY_WORDS], far_words[KVQ_KEY_WORDS], near_pairs[KVQ_DK / 8], far_pairs[KVQ_DK / 8];
+    key_load(key_field, col, 16 * sub, near_words);
+    key_load(key_field, col, 16 * sub + 8, far_words);
+    const float key_size[2] = {kvq_load_bfloat(key_sizes, 16 * sub), kvq_load_bfloat(key_sizes, 16 * sub + 8)};
+    value_size[sub][0] = kvq_load_bfloat(value_sizes, 16 * sub);
+    value_size[sub][1] = kvq_load_bfloat(value_sizes, 16 * sub + 8);
+    key_pairs(near_words, zero, near_pairs);
+    key_pairs(far_words, zero, far_pairs);
+    KVQ_UNROLL
+    for (int nt = 0; nt < KVQ_NT; nt++) {
+      float products[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      KVQ_UNROLL
+      for (int k = 0; k < KVQ_DK / 16; k++)
+        kvq_mma(products, near_pairs[2 * k], far_pairs[2 * k], near_pairs[2 * k + 1], far_pairs[2 * k + 1],
+                query[nt][k][0], query[nt][k][1]);
+#if KVQ_FRAME
+      float means[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      KVQ_UNROLL
+      for (int step = 0; step < KVQ_PAIR_STEPS; step++) {
+        kvq_uint turn[4];
+        kvq_load16(inner_turns + ((sub * KVQ_PAIR_STEPS + step) * 32 + row * 4 + col) * 16, turn);
+        kvq_mma(means, turn[0], turn[1], turn[2], turn[3], mean[nt][step][0], mean[nt][step][1]);
+      }
+#endif
+      KVQ_UNROLL
+      for (int i = 0; i < 4; i++) {
+        float score = products[i] * (key_size[i / 2] * factor[nt][i % 2]);
+#if KVQ_FRAME
+        score += kvq_fma(means[i], mean_factor[nt][i % 2], constant[nt][i % 2]);
+#endif
+#if KVQ_SOFTCAP_ON
+        score = KVQ_SOFTCAP * KVQ_LOG2E * kvq_tanh(score * (1.0f / (KVQ_SOFTCAP * KVQ_LOG2E)));
+#endif
+#if KVQ_MASK
+        const int r = kvq_min(tile_row + 16 * sub + row + i / 2 * 8, packed - 1);
+        const int n = first_row + 8 * nt + 2 * col + i % 2;
+        if (n < KVQ_ROWS) score = kvq_masked(score, mask, batch, head, n, sinks + r, columns);
+#endif
+        scores[sub][nt][i] = score;
+      }
+    }
+  }
+  if (!whole) {  // two exponents below the lowest score: no weight, even if all others are masked
+    KVQ_UNROLL
+    for (int sub = 0; sub < 4; sub++) {
+      KVQ_UNROLL
+      for (int nt = 0; nt < KVQ_NT; nt++) {
+        KVQ_UNROLL
+        for (int i = 0; i < 4; i++) {
+          const int r = tile_row + 16 * sub + row + i / 2 * 8;
+          if (r >= packed) scores[sub][nt][i] = 4.0f * KVQ_LOWEST;
+        }
+      }
+    }
+  }
+
+  // Online softmax: one maximum for a tile. Weights carry the values' scales, relative to the largest of them so far.
+  if (!whole) {  // what follows takes the largest of the values' scales: not of rows that are no tokens
+    KVQ_UNROLL
+    for (int sub = 0; sub < 4; sub++) {
+      KVQ_UNROLL
+      for (int i = 0; i < 2; i++)
+        if (tile_row + 16 * sub + row + i * 8 >= packed) value_size[sub][i] = 0.0f;
+    }
+  }
+  float size_now = size;
+  KVQ_UNROLL
+  for (int sub = 0; sub < 4; sub++) size_now = kvq_max(size_now, kvq_max(value_size[sub][0], value_size[sub][1]));
+  size_now = kvq_row_max(size_now);
+  float peak_now[KVQ_NT][2];
+  bool moved = size_now != size;
+  KVQ_UNROLL
+  for (int nt = 0; nt < KVQ_NT; nt++) {
+    KVQ_UNROLL
+    for (int i = 0; i < 2; i++) {
+      float highest = peak[nt][i];
+      KVQ_UNROLL
+      for (int sub = 0; sub < 4; sub++) highest = kvq_max(highest, kvq_max(scores[sub][nt][i], scores[sub][nt][i + 2]));
+      peak_now[nt][i] = kvq_row_max(highest);
+      moved = moved || peak_now[nt][i] != peak[nt][i];
+    }
+  }
+  if (kvq_any(moved)) {
+    const float smaller = size_now > 0.0f ? size / size_now : 0.0f;
+    KVQ_UNROLL
+    for (int nt = 0; nt < KVQ_NT; nt++) {
+      KVQ_UNROLL
+      for (int i = 0; i < 2; i++) {
+        const float decay = kvq_exp2(peak[nt][i] - peak_now[nt][i]);
+        total[nt][i] *= decay;
+        KVQ_UNROLL
+        for (int mt = 0; mt < KVQ_DV / 16; mt++) sums[nt][mt][i] *= decay * smaller, sums[nt][mt][i + 2] *= decay * smaller;
+        peak[nt][i] = peak_now[nt][i];
+      }
+    }
+    size = size_now;
+  }
+  const float inverse_size = size > 0.0f ? KVQ_WEIGHT_PEAK / size : 0.0f;
+
+  KVQ_UNROLL
+  for (int sub = 0; sub < 4; sub++) {
+    kvq_uint words[4][KVQ_VALUE_WORDS], near_pairs[KVQ_DV / 8], far_pairs[KVQ_DV / 8];
+    KVQ_UNROLL
+    for (int i = 0; i < 4; i++)
+      value_load(value_field, row, 16 * sub + i / 2 * 8 + i % 2, words[i]);
+    value_pairs(words[0], words[1], zero, near_pairs);
+    value_pairs(words[2], words[3], zero, far_pairs);
+    KVQ_UNROLL
+    for (int nt = 0; nt < KVQ_NT; nt++) {
+      float weights[4];
+      KVQ_UNROLL
+      for (int i = 0; i < 4; i++) {
+        const float weight = kvq_exp2(scores[sub][nt][i] - peak[nt][i % 2]);
+        total[nt][i % 2] += weight;
+        weights[i] = weight * (value_size[sub][i / 2] * inverse_size);
+      }
+      const kvq_uint near_weights = kvq_rows_to_b(kvq_pack_half2(weights[0], weights[1]));
+      const kvq_uint far_weights = kvq_rows_to_b(kvq_pack_half2(weights[2], weights[3]));
+      KVQ_UNROLL
+      for (int mt = 0; mt < KVQ_DV / 16; mt++)
+        kvq_mma(sums[nt][mt], near_pairs[2 * mt], near_pairs[2 * mt + 1], far_pairs[2 * mt], far_pairs[2 * mt + 1],
+                near_weights, far_weights);
+    }
+  }
+}
+
+// The warps' sums, one after the other, relative to the highest of their peaks.
+KVQ_UNROLL
+for (int nt = 0; nt < KVQ_NT; nt++) {
+  KVQ_UNROLL
+  for (int i = 0; i < 2; i++) {
+    const float sum = kvq_row_sum(total[nt][i]);
+    if (row == 0) {
+      shared_peak[warp * KVQ_COLUMNS + 8 * nt + 2 * col + i] = peak[nt][i];
+      shared_total[warp * KVQ_COLUMNS + 8 * nt + 2 * col + i] = sum;
+    }
+  }
+}
+KVQ_BARRIER();
+for (int turn = 0; turn < KVQ_WARPS; turn++) {
+  if (warp == turn) {
+    KVQ_UNROLL
+    for (int nt = 0; nt < KVQ_NT; nt++) {
+      KVQ_UNROLL
+      for (int i = 0; i < 2; i++) {
+        const int n = 8 * nt + 2 * col + i;
+        float highest = KVQ_LOWEST;
+        for (int w = 0; w < KVQ_WARPS; w++) highest = kvq_max(highest, shared_peak[w * KVQ_COLUMNS + n]);
+        const float share = kvq_exp2(peak[nt][i] - highest) * size * (1.0f / KVQ_WEIGHT_PEAK);
+        KVQ_UNROLL
+        for (int mt = 0; mt < KVQ_DV / 16; mt++) {
+          KVQ_UNROLL
+          for (int j = 0; j < 2; j++) {
+            const int at = n * KVQ_SHARED_DIM + value_channel(row, 2 * mt + j);
+            const float more = sums[nt][mt][2 * j + i] * share * value_lead((2 * mt + j) % KVQ_VALUE_SLOTS);
+            shared_rows[at] = turn == 0 ? more : shared_rows[at] + more;
+          }
+        }
+      }
+    }
+  }
+  KVQ_BARRIER();
+}
+const kvq_long out_row = (kvq_long)(batch * KVQ_HEADS + head) * KVQ_ROWS + first_row;
+for (int i = KVQ_THREAD; i < KVQ_COLUMNS * KVQ_DV; i += 32 * KVQ_WARPS) {
+  const int n = i / KVQ_DV;
+  if (first_row + n < KVQ_ROWS)
+    partial[((out_row + n) * splits + KVQ_GROUP_X) * KVQ_DV + i % KVQ_DV] = shared_rows[n * KVQ_SHARED_DIM + i % KVQ_DV];
+}
+for (int n = KVQ_THREAD; n < KVQ_COLUMNS; n += 32 * KVQ_WARPS) {
+  if (first_row + n < KVQ_ROWS) {
+    float highest = KVQ_LOWEST, sum = 0.0f;
+    for (int w = 0; w < KVQ_WARPS; w++) highest = kvq_max(highest, shared_peak[w * KVQ_COLUMNS + n]);
+    for (int w = 0; w < KVQ_WARPS; w++)
+      sum += shared_total[w * KVQ_COLUMNS + n] * kvq_exp2(shared_peak[w * KVQ_COLUMNS + n] - highest);
+    statistics[((out_row + n) * splits + KVQ_GROUP_X) * 2] = highest;
+    statistics[((out_row + n) * splits + KVQ_GROUP_X) * 2 + 1] = sum;
+  }
+}

@@ -1,0 +1,136 @@
+"""Which attention runs where: the fused kernels if a GPU and the layer allow, and one warning if not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from .attend import MAX_QUERIES, MAX_REPEAT, MAX_ROWS, Call, FusedPlan, why_not_fused
+from .build import backend, dtype_name
+from .launch import device_name, launch_sizes
+
+if TYPE_CHECKING:
+    from ..attention import AttendArgs
+    from ..cache import KVQCache
+    from ..codecs import Codec
+    from ..rotary import Rotary
+
+log = logging.getLogger("mlx_kvq_plugin")
+
+_FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Log a warning the first time that it is given."""
+    log.warning(text)
+
+
+def why_not(cache: KVQCache, heads: int, dim: int, value_dim: int, repeat: int) -> str:
+    """Why no kernel serves the decode steps of a layer on this device; empty if one does.
+
+    Args:
+        heads: KV heads; repeat: query heads of each.
+        dim, value_dim: head sizes of keys and values.
+    """
+    if not backend():
+        return "MLX's default device is no GPU"
+    if repeat > MAX_REPEAT:
+        return f"{repeat} query heads of a KV head are more than {MAX_REPEAT}"
+    return why_not_fused(cache, dim, value_dim)
+
+
+def accepts_fused(args: AttendArgs) -> bool:
+    """Whether the fused kernels take a call; logs once why they do not, if the call is a decode step on a GPU."""
+    cache, (_, Hq, L, Dk) = args.cache, args.queries.shape
+    if not backend() or L > MAX_QUERIES or cache.packed_tokens == 0:
+        return False
+    assert cache.dense_keys is not None and cache.dense_values is not None
+    Hkv, Dv = cache.dense_keys.shape[1], cache.dense_values.shape[3]
+    reason = why_not(cache, Hkv, Dk, Dv, Hq // Hkv)
+    if not reason and Hq // Hkv * L > MAX_ROWS:
+        reason = f"{Hq // Hkv * L} query rows of a KV head are more than {MAX_ROWS}"
+    if not reason and (args.queries.dtype not in _FLOATS or cache.dense_keys.dtype not in _FLOATS):
+        reason = f"{args.queries.dtype} queries have no kernel"
+    if reason:
+        warn_once(
+            f"decode steps of {cache.spec.label} layers run as plain MLX operations, slower than mlx-lm's own cache: "
+            f"{reason}; `kvq inspect --kernels` lists what has kernels"
+        )
+    return not reason
+
+
+def _mask_of(mask: mx.array | str | None) -> tuple[mx.array | None, tuple[int, ...], str]:
+    if mask is None or isinstance(mask, str):
+        return None, (), ""
+    while mask.ndim < 4:
+        mask = mask[None]
+    kind = "bool" if mask.dtype == mx.bool_ else "float"
+    return mx.contiguous(mask if kind == "bool" else mask.astype(mx.float32)), tuple(mask.shape[:3]), kind
+
+
+def prepared_call(
+    caches: Sequence[KVQCache], rows: int, args: AttendArgs, mask: mx.array | str | None
+) -> tuple[Sequence[KVQCache], Call, mx.array | None, tuple[Codec, Codec, Rotary | None]]:
+    """What a plan is made of for a call: the caches with whole tiles, the call, its mask as kernels read it, codecs."""
+    queries, first = args.queries, caches[0]
+    own_mask, mask_shape, mask_dtype = _mask_of(mask)
+    assert first.dense_keys is not None and first.dense_values is not None
+    B, Hq, L, Dk = queries.shape
+    Hkv = first.dense_keys.shape[1]
+    call = Call(
+        batch=B,
+        rows=rows,
+        heads=Hkv,
+        repeat=Hq // Hkv,
+        queries=L,
+        key_dim=Dk,
+        value_dim=first.dense_values.shape[3],
+        dtype=dtype_name(queries.dtype),
+        dense_dtype=dtype_name(first.dense_keys.dtype),
+        scale=args.scale,
+        softcap=args.softcap or 0.0,
+        causal=isinstance(mask, str),
+        mask=mask_shape,
+        mask_dtype=mask_dtype,
+        sinks="" if args.sinks is None else dtype_name(args.sinks.dtype),
+    )
+    for cache in caches:
+        cache.reserve_tiles()
+    rotary = first.rotary if first.frame is not None else None
+    return caches, call, own_mask, (first.key_codec, first.value_codec, rotary)
+
+
+def fused_attention(
+    caches: Sequence[KVQCache], rows: int, args: AttendArgs, mask: mx.array | str | None
+) -> mx.array:
+    """Attention of the fused kernels; `accepts_fused` has said that they take the call.
+
+    Args:
+        caches: the one cache of `args`, or the caches of a batch's rows.
+        rows: their number in a batch, 0 for a single cache.
+    """
+    queries, plans = args.queries, caches[0].plans
+    sinks = args.sinks
+    if mask is None or isinstance(mask, str):
+        key = (queries.shape, queries.dtype, rows, args.scale, args.softcap, mask, sinks is None)
+        plan = plans.get(key)
+        if plan is not None:
+            for cache in caches:
+                cache.reserve_tiles()
+            return plan(caches, queries, None, sinks)
+    caches, call, own_mask, codecs = prepared_call(caches, rows, args, mask)
+    plan = _plan(call, *codecs, backend())
+    if own_mask is None:
+        plans[key] = plan
+    return plan(caches, mx.contiguous(queries), own_mask, sinks)
+
+
+@cache
+def _plan(call: Call, key: Codec, value: Codec, rotary: Rotary | None, on: str) -> FusedPlan:
+    """The plan of a kind of call, shared by all layers of that kind."""
+    return FusedPlan(call, key, value, rotary, launch_sizes(device_name()), on)
