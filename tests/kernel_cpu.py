@@ -59,12 +59,12 @@ TYPES = {
 }
 NUMPY = {mx.bool_: np.bool_, mx.bfloat16: np.uint16}
 
-# Parameters that MLX adds to a Metal kernel whose body names them, and what the fibers know about them.
+# What the fibers know about the attributes of a Metal kernel.
 ATTRIBUTES = {
-    "simdgroup_index_in_threadgroup": ("uint", "kvq_host_thread() / 32"),
-    "thread_index_in_simdgroup": ("uint", "kvq_host_thread() % 32"),
-    "thread_position_in_threadgroup": ("uint3", "uint3(kvq_host_thread(), 0, 0)"),
-    "threadgroup_position_in_grid": ("uint3", "uint3(kvq_host_group(0), kvq_host_group(1), kvq_host_group(2))"),
+    "simdgroup_index_in_threadgroup": "kvq_host_thread() / 32",
+    "thread_index_in_simdgroup": "kvq_host_thread() % 32",
+    "thread_position_in_threadgroup": "uint3(kvq_host_thread(), 0, 0)",
+    "threadgroup_position_in_grid": "uint3(kvq_host_group(0), kvq_host_group(1), kvq_host_group(2))",
 }
 
 # A shared array of Metal becomes what the fibers fill with NaN and count.
@@ -162,10 +162,10 @@ class CpuKernel:
             if name in self.inputs and f"{name}_ndim" in self.source:
                 raise KernelRunError(f"kernels must not ask for the dimensions of {name}, they are constants")
         if self.metal:
-            for attribute, (kind, value) in ATTRIBUTES.items():
+            for attribute, kind in metal_check.ATTRIBUTES.items():
                 if attribute in self.source:
                     parameters.append(f"{kind} {attribute}")
-                    arguments.append(value)
+                    arguments.append(ATTRIBUTES[attribute])
         host = "metal_shim.h" if self.metal else "fibers.h"
         shim = (HERE / host).read_text() if self.metal else ""
         header = self.header

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -22,6 +23,13 @@ QUALIFIERS = "KVQ_DEVICE|KVQ_GROUP_MEMORY|KVQ_PRIVATE|device|threadgroup|thread|
 RESERVED = (
     "device|constant|thread|threadgroup|threadgroup_imageblock|kernel|vertex|fragment|half|sampler|ray_data|visible"
 )
+# Parameters that MLX adds if a body names them; those that kernels need, in MLX's order.
+ATTRIBUTES = {
+    "simdgroup_index_in_threadgroup": "uint",
+    "thread_index_in_simdgroup": "uint",
+    "thread_position_in_threadgroup": "uint3",
+    "threadgroup_position_in_grid": "uint3",
+}
 MSL_TYPES = {
     mx.bool_: "bool",
     mx.uint8: "uint8_t",
@@ -143,12 +151,7 @@ def signature(
                 parameters.append(f"const constant int* {name}_shape")
         else:
             parameters.append(f"device {MSL_TYPES[dtype]}* {name}")
-    for name, kind in (
-        ("simdgroup_index_in_threadgroup", "uint"),
-        ("thread_index_in_simdgroup", "uint"),
-        ("thread_position_in_threadgroup", "uint3"),
-        ("threadgroup_position_in_grid", "uint3"),
-    ):
+    for name, kind in ATTRIBUTES.items():
         if name in source:
             parameters.append(f"{kind} {name}")
     return ", ".join(parameters)
@@ -159,12 +162,17 @@ def has_clang() -> bool:
     return importlib.util.find_spec("clang") is not None
 
 
+def _space(kind: Any) -> int:
+    """The number of a type's address space, as metal_clang.h gives them out; 0 for that of a thread."""
+    return int(kind.get_address_space()) if kind.kind.value else 0
+
+
 @cache
 def compiler_complaints(header: str, source: str, parameters: str) -> tuple[str, ...]:
     """Errors and warnings of clang for an assembled kernel, and shared memory above the limit; none without clang."""
     if not has_clang():
         return ()
-    from clang.cindex import CursorKind, Index
+    from clang.cindex import CursorKind, Index, TypeKind
 
     header = re.sub(r"#include <[^\n]*\n", "", header)
     header = header.replace("alignas(16) threadgroup", "alignas(16) static threadgroup")  # clang: none on the stack
@@ -174,16 +182,17 @@ def compiler_complaints(header: str, source: str, parameters: str) -> tuple[str,
     )
     flags = ["-std=c++14", "-nostdinc", "-Wdouble-promotion", "-Wno-undefined-internal", "-ferror-limit=0"]
     unit = Index.create().parse("kernel.cpp", args=flags, unsaved_files=[("kernel.cpp", text)])
-    found = [
-        f"{one.location.file}:{one.location.line}: {one.spelling}"
-        for one in unit.diagnostics
-        if one.severity >= one.Warning
-    ]
-    (body,) = [one for one in unit.cursor.get_children() if one.spelling == "kvq_body"] or [unit.cursor]
+    found = [one.format() for one in unit.diagnostics if one.severity >= one.Warning]
     shared = 0
-    for one in body.walk_preorder():
-        if one.kind == CursorKind.VAR_DECL and "threadgroup" in " ".join(token.spelling for token in one.get_tokens()):
+    for one in unit.cursor.walk_preorder():
+        if one.kind == CursorKind.VAR_DECL and _space(one.type.get_array_element_type()) == 3:
             shared += -(-one.type.get_size() // 16) * 16
+        if one.kind == CursorKind.CSTYLE_CAST_EXPR and one.type.kind == TypeKind.POINTER:
+            (inner,) = [child for child in one.get_children() if child.kind.is_expression()] or [one]
+            if inner.type.kind == TypeKind.POINTER and _space(inner.type.get_pointee()) != _space(
+                one.type.get_pointee()
+            ):
+                found.append(f"a cast must keep the address space, got {inner.type.spelling} to {one.type.spelling}")
     if shared > SHARED_LIMIT:
         found.append(f"shared arrays must have at most {SHARED_LIMIT} bytes, got {shared}")
     return tuple(found)
