@@ -1,9 +1,17 @@
 // The fibers that run kernel texts on the CPU, and a program around one kernel: arrays from standard input, outputs to
-// standard output, reports to standard error. Linked with the address sanitizer, but not instrumented itself.
+// standard output, reports to standard error. Linked with the address sanitizer, but not instrumented itself; or, with
+// KVQ_RACES, with races.h in its place.
 #include "fibers.h"
 
+#ifdef KVQ_RACES
+#include "races.h"
+#define __sanitizer_start_switch_fiber(...)
+#define __sanitizer_finish_switch_fiber(...)
+#define __asan_poison_memory_region(...)
+#else
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
+#endif
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -177,6 +185,9 @@ bool run_warp(int warp) {
     if (fibers[first + i].place != lead.place || (lead.place != ended && fibers[first + i].line != lead.line))
       report_divergence(first, first + i);
   if (lead.place == ended || lead.place == at_barrier) return false;
+#ifdef KVQ_RACES
+  if (lead.place == at_warp_barrier) races::warp_barrier(warp);
+#endif
   for (int i = 0; i < lanes; i++) fibers[first + i].place = ready;
   return true;
 }
@@ -184,6 +195,9 @@ bool run_warp(int warp) {
 void run_group() {
   shared.clear();
   shared_bytes = 0;
+#ifdef KVQ_RACES
+  races::begin_group();
+#endif
   for (int i = 0; i < threads; i++) make_fiber(fibers[i]);
   const int warps = (threads + 31) / 32;
   std::vector<int> runnable(warps);
@@ -199,6 +213,9 @@ void run_group() {
         report_divergence(0, i);
     if (fibers[0].place == ended) return;
     for (int i = 0; i < threads; i++) fibers[i].place = ready;
+#ifdef KVQ_RACES
+    races::group_barrier();
+#endif
   }
 }
 
@@ -209,6 +226,7 @@ float half_to_float(unsigned bits) {
   return (float)x;
 }
 
+#ifndef KVQ_RACES
 // Names the array beside which the sanitizer found an access.
 void explain() {
   const char* at = (const char*)__asan_get_report_address();
@@ -227,6 +245,7 @@ void explain() {
             __asan_get_report_access_type() ? "write" : "read", (long)(at - data), s.name, s.bytes, current);
   }
 }
+#endif
 
 void read_bytes(void* to, long bytes) {
   if (bytes > 0 && fread(to, 1, bytes, stdin) != (size_t)bytes) kvq_host_fail("input must hold %ld more bytes", bytes);
@@ -316,12 +335,17 @@ void kvq_host_shared(void* array, long bytes, const char* name) {
   if (shared_bytes > shared_limit)
     kvq_host_fail("shared arrays must have at most %d bytes, got %ld with '%s'", shared_limit, shared_bytes, name);
   memset(array, 0xFF, bytes);
+#ifdef KVQ_RACES
+  races::watch(array, bytes, name, true);
+#endif
 }
 
 // Integers, all of 64 bits: inputs, outputs, threads of a group, groups along x, y, z; then orders, and each order and
 // its seed; then of each array its bytes, dimensions and shape; then the bytes of the inputs.
 int main() {
+#ifndef KVQ_RACES
   __asan_set_error_report_callback([](const char*) { explain(); });
+#endif
   inputs = (int)read_integer();
   const int count = inputs + (int)read_integer();
   threads = (int)read_integer();
@@ -347,6 +371,10 @@ int main() {
   for (size_t run = 0; run < orders.size(); run += 2) {
     order = (int)orders[run], random_state = (uint64_t)orders[run + 1];
     for (int i = inputs; i < count; i++) memset(arrays[i].data, 0xFF, arrays[i].bytes);
+#ifdef KVQ_RACES
+    races::begin_run();
+    for (int i = inputs; i < count; i++) races::watch(arrays[i].data, arrays[i].bytes, kvq_host_names[i], false);
+#endif
     std::vector<int64_t> turn(all);
     for (int64_t i = 0; i < all; i++) {
       const int64_t j = order == 2 ? random_below((int)i + 1) : i;

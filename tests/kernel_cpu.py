@@ -6,7 +6,9 @@
 - `cpu-orders`: the same under three orders of threads, with outputs that must be equal to the bit, which finds missing
   barriers;
 - `cpu-metal-layout`: as `cpu-orders`, lanes hold matrices as on Metal;
-- `cpu-metal`: the Metal prelude itself, on `metal_shim.h`.
+- `cpu-metal`: the Metal prelude itself, on `metal_shim.h`, after the checks of `metal_check`;
+- `cpu-races`: as `cpu`, with every access to shared arrays and outputs watched: two threads that touch the same byte
+  with no barrier between them, one of them writing, are an error, whatever the order in which they ran.
 
 A kernel becomes a program that reads its arrays from a pipe, so that sanitizers need not be loaded into Python. An
 access outside of an array, an unaligned load, threads that wait at different places or too much shared memory raise
@@ -78,6 +80,7 @@ FLAGS = ["-std=c++17", "-fno-strict-aliasing", "-ffp-contract=off", "-w"] + (
     ["-mf16c"] if platform.machine() in ("x86_64", "AMD64") else []
 )
 KERNEL_FLAGS = [*FLAGS, "-O1", "-g1", f"-fsanitize={CHECKS}", "-fno-sanitize-recover=all"]
+RACE_FLAGS = [*FLAGS, "-O1", "-fsanitize=thread"]  # without its library
 HOST_FLAGS = [*FLAGS, "-O2"]
 
 
@@ -95,7 +98,7 @@ def cache_folder() -> Path:
 def _compiler() -> str:
     """What a compiled file depends on besides its text."""
     version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
-    return version + platform.machine() + " ".join(KERNEL_FLAGS + HOST_FLAGS)
+    return version + platform.machine() + " ".join(KERNEL_FLAGS + RACE_FLAGS + HOST_FLAGS)
 
 
 @cache
@@ -130,9 +133,11 @@ def _compiled(text: str, suffix: str, arguments: Sequence[str]) -> Path:
 
 
 @cache
-def _harness() -> Path:
+def _harness(races: bool) -> Path:
     text = (HERE / "fibers.cpp").read_text()
-    return _compiled(text + f"// {(HERE / 'fibers.h').read_text()!r}\n", ".o", [*HOST_FLAGS, "-c"])
+    for name in ("fibers.h", "races.h"):
+        text += f"// {(HERE / name).read_text()!r}\n"
+    return _compiled(text, ".o", [*HOST_FLAGS, "-c", *(["-DKVQ_RACES"] if races else [])])
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,7 @@ class CpuKernel:
     header: str
     metal: bool
     orders: tuple[tuple[int, int], ...]
+    races: bool
 
     def text(self, dtypes: Sequence[mx.Dtype]) -> str:
         """The C++ text for arrays of these dtypes, inputs before outputs."""
@@ -186,7 +192,11 @@ class CpuKernel:
 
     def program(self, dtypes: Sequence[mx.Dtype]) -> Path:
         """The compiled text."""
-        return _compiled(self.text(dtypes), ".run", [*KERNEL_FLAGS, str(_harness())])
+        if not self.races:
+            return _compiled(self.text(dtypes), ".run", [*KERNEL_FLAGS, str(_harness(races=False))])
+        # The library that would find races of real threads stays out: `-c` first, then a link without it.
+        kernel = _compiled(self.text(dtypes), ".o", [*RACE_FLAGS, "-c"])
+        return _compiled("", ".run", [str(kernel), str(_harness(races=True))])
 
     def check_metal(self, dtypes: Sequence[mx.Dtype], shapes: Sequence[Sequence[int]]) -> None:
         """Raises `KernelRunError` if the text breaks a rule of Metal, with the signature for these arrays."""
@@ -283,6 +293,7 @@ def cpu_kernel(
     layout: str = "cuda",
     orders: Sequence[tuple[int, int]] = (FORWARD,),
     prelude: str = "cpu",
+    races: bool = False,
 ) -> CpuKernel:
     """As `mx.fast.metal_kernel`, for the CPU.
 
@@ -290,12 +301,12 @@ def cpu_kernel(
         layout: `cuda` or `metal`, how lanes hold matrices in the CPU prelude.
         orders: pairs of an order of threads (0 forward, 1 reverse, 2 shuffled) and its seed; outputs must not differ.
         prelude: whose `header` this is, `cpu` or `metal`.
+        races: look for accesses that no barrier orders, in place of accesses outside of arrays.
     """
     if layout == "metal":
         header = "#define KVQ_METAL_LAYOUT\n" + header
-    return CpuKernel(
-        name, tuple(input_names), tuple(output_names), source, header, prelude == "metal", tuple(map(tuple, orders))
-    )
+    names, runs = (tuple(input_names), tuple(output_names)), tuple(map(tuple, orders))
+    return CpuKernel(name, *names, source, header, prelude == "metal", runs, races)
 
 
 BACKENDS: dict[str, dict[str, Any]] = {
@@ -303,6 +314,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "cpu-orders": {"orders": ALL_ORDERS},
     "cpu-metal-layout": {"orders": ALL_ORDERS, "layout": "metal"},
     "cpu-metal": {"orders": ALL_ORDERS, "prelude": "metal"},
+    "cpu-races": {"races": True},
 }
 
 

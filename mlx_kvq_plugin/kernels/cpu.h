@@ -140,18 +140,18 @@ KVQ_FUNC void kvq_mma(float* c, kvq_uint a0, kvq_uint a1, kvq_uint a2, kvq_uint 
   kvq_host_mma(c, a, b, false, line);
 #endif
 }
-// Lanes arrive at both even where nothing moves, as on a GPU where it does.
+// All lanes must come even where nothing moves, as they must where something does; a vote orders no memory.
 KVQ_FUNC kvq_uint kvq_to_b(kvq_uint transposed, int line = __builtin_LINE()) {
 #ifdef KVQ_METAL_LAYOUT
   return kvq_transposed(transposed, line);
 #else
-  kvq_host_warp_barrier(line);
+  kvq_host_ballot(false, line);
   return transposed;
 #endif
 }
 KVQ_FUNC kvq_uint kvq_rows_to_b(kvq_uint rows, int line = __builtin_LINE()) {
 #ifdef KVQ_METAL_LAYOUT
-  kvq_host_warp_barrier(line);
+  kvq_host_ballot(false, line);
   return rows;
 #else
   return kvq_transposed(rows, line);

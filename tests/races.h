@@ -1,0 +1,119 @@
+// Finds threads that touch the same memory with nothing between them. The compiler reports every access of a kernel
+// text (-fsanitize=thread), this decides: two threads of a group are ordered by a KVQ_BARRIER, lanes of a warp by a
+// KVQ_WARP_BARRIER too, by shuffles, votes and products not. Barriers order shared memory alone, as on Metal: what one
+// thread writes to an output no other may touch.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include <utility>
+#include <vector>
+
+namespace races {
+
+struct Access {
+  int thread = -1;  // the last one
+  int group_turn = -1, warp_turn = -1;
+  bool others = false;        // threads of the same warp since its last barrier
+  bool other_warps = false;   // since the last barrier of the group
+};
+
+struct Cell {  // of one byte
+  Access read, write;
+  int group = -1;
+};
+
+struct Region {
+  const char* begin;
+  const char* end;
+  const char* name;
+  bool shared;
+  std::vector<Cell> cells;
+};
+
+inline std::vector<Region> regions;
+inline int group_number, group_turn, warp_turn[32];
+
+inline void watch(const void* begin, long bytes, const char* name, bool shared) {
+  regions.push_back({(const char*)begin, (const char*)begin + bytes, name, shared, std::vector<Cell>(bytes)});
+}
+inline void begin_group() {
+  group_number++, group_turn++;
+  size_t kept = 0;
+  for (size_t i = 0; i < regions.size(); i++)
+    if (!regions[i].shared) {
+      if (kept != i) regions[kept] = std::move(regions[i]);
+      kept++;
+    }
+  regions.resize(kept);
+}
+inline void begin_run() {
+  regions.clear();
+}
+inline void group_barrier() { group_turn++; }
+inline void warp_barrier(int warp) { warp_turn[warp]++; }
+
+// Another thread than `thread` of those that an entry stands for and that no barrier has ordered; -1 if there is none.
+inline int unordered(const Access& before, int thread) {
+  if (before.thread < 0 || before.group_turn != group_turn) return -1;
+  const int warp = thread / 32;
+  if (before.other_warps || before.thread / 32 != warp) return before.thread;
+  if (before.warp_turn != warp_turn[warp]) return -1;
+  return before.others || before.thread != thread ? before.thread : -1;
+}
+inline void note(Access& access, int thread) {
+  const int warp = thread / 32;
+  const bool same_group_turn = access.thread >= 0 && access.group_turn == group_turn;
+  const bool same_warp_turn = same_group_turn && access.thread / 32 == warp && access.warp_turn == warp_turn[warp];
+  access.other_warps = same_group_turn && (access.other_warps || access.thread / 32 != warp);
+  access.others = same_warp_turn && (access.others || access.thread != thread);
+  access.thread = thread, access.group_turn = group_turn, access.warp_turn = warp_turn[warp];
+}
+
+inline void touch(const void* address, int bytes, bool writes, int thread) {
+  const char* at = (const char*)address;
+  for (Region& region : regions) {
+    if (at < region.begin || at >= region.end) continue;
+    for (long i = at - region.begin; i < at - region.begin + bytes && i < region.end - region.begin; i++) {
+      Cell& cell = region.cells[i];
+      if (region.shared) {
+        int other = unordered(cell.write, thread);
+        if (other < 0 && writes) other = unordered(cell.read, thread);
+        if (other >= 0)
+          kvq_host_fail("a barrier must stand between accesses of threads %d and %d to byte %ld of shared array '%s', of "
+                        "which one is a write", other, thread, i, region.name);
+      } else if (cell.write.thread >= 0 && (cell.group != group_number || cell.write.thread != thread)) {
+        kvq_host_fail("byte %ld of output array '%s' must be touched by one thread only, got thread %d of %s group and "
+                      "thread %d", i, region.name, cell.write.thread, cell.group == group_number ? "this" : "an earlier",
+                      thread);
+      }
+      note(writes ? cell.write : cell.read, thread);
+      if (writes) cell.group = group_number;
+    }
+    return;
+  }
+}
+
+}  // namespace races
+
+// What the compiler calls.
+#define KVQ_ACCESS(bytes)                                                                                             \
+  void __tsan_read##bytes(void* p) { races::touch(p, bytes, false, kvq_host_thread()); }                               \
+  void __tsan_write##bytes(void* p) { races::touch(p, bytes, true, kvq_host_thread()); }                               \
+  void __tsan_unaligned_read##bytes(void* p) { races::touch(p, bytes, false, kvq_host_thread()); }                     \
+  void __tsan_unaligned_write##bytes(void* p) { races::touch(p, bytes, true, kvq_host_thread()); }                     \
+  void __tsan_volatile_read##bytes(void* p) { races::touch(p, bytes, false, kvq_host_thread()); }                      \
+  void __tsan_volatile_write##bytes(void* p) { races::touch(p, bytes, true, kvq_host_thread()); }
+extern "C" {
+KVQ_ACCESS(1)
+KVQ_ACCESS(2)
+KVQ_ACCESS(4)
+KVQ_ACCESS(8)
+KVQ_ACCESS(16)
+void __tsan_read_range(void* p, long bytes) { races::touch(p, (int)bytes, false, kvq_host_thread()); }
+void __tsan_write_range(void* p, long bytes) { races::touch(p, (int)bytes, true, kvq_host_thread()); }
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+}
