@@ -1,0 +1,44 @@
+// Tokens of dense keys and values to planes of codes, and the rest of the dense tokens to smaller buffers.
+//
+// Defined before, besides the constants of lanes.h: KVQ_WARPS, KVQ_TILE (tokens of a group), KVQ_COMPACT,
+// KVQ_KEY_TYPE, KVQ_VALUE_TYPE, KVQ_KEY_SECOND, KVQ_VALUE_SECOND (the last plane of codes); by the prologue: start,
+// count, position (of the first token), dense, capacity (rows of the new buffers).
+const int lane = KVQ_LANE, warp = KVQ_WARP;
+const int head = KVQ_GROUP_Y, side = KVQ_GROUP_Z % 2, batch = KVQ_GROUP_Z / 2;
+const kvq_long plane = (kvq_long)batch * dense_keys_shape[1] + head;
+const int rows = dense_keys_shape[2], tiles = (count + KVQ_TILE - 1) / KVQ_TILE;
+
+if (KVQ_GROUP_X < tiles) {
+  const int first = KVQ_GROUP_X * KVQ_TILE, last = kvq_min(first + KVQ_TILE, count);
+  if (side == 0) {
+    KVQ_DEVICE const KVQ_KEY_TYPE* x = (KVQ_DEVICE const KVQ_KEY_TYPE*)dense_keys + (plane * rows + start) * KVQ_DIM(0);
+    kvq_frame frame;
+#if KVQ_FRAME
+    frame.mean = frame_mean + plane * KVQ_DIM(0);
+    frame.scale = frame_scale + plane * (KVQ_DIM(0) - KVQ_PAIRS);
+#if KVQ_PAIRS
+    frame.block_cos = block_cos;
+    frame.block_sin = block_sin;
+    frame.inner = inner;
+#endif
+    frame.position = position;
+#endif
+    kvq_encode<0>(x, key_signs, frame, key0, KVQ_KEY_SECOND, key_scale, plane * count, first, last, lane, warp);
+  } else {
+    KVQ_DEVICE const KVQ_VALUE_TYPE* x =
+        (KVQ_DEVICE const KVQ_VALUE_TYPE*)dense_values + (plane * rows + start) * KVQ_DIM(1);
+    const kvq_frame frame = kvq_frame();
+    kvq_encode<1>(x, value_signs, frame, value0, KVQ_VALUE_SECOND, value_scale, plane * count, first, last, lane, warp);
+  }
+}
+#if KVQ_COMPACT
+else {
+  const int first = (KVQ_GROUP_X - tiles) * KVQ_TILE, last = kvq_min(first + KVQ_TILE, capacity);
+  if (side == 0)
+    kvq_compact<0>(dense_keys + plane * rows * KVQ_DIM(0), new_keys + plane * capacity * KVQ_DIM(0), start, count,
+                   dense, first, last, KVQ_THREAD);
+  else
+    kvq_compact<1>(dense_values + plane * rows * KVQ_DIM(1), new_values + plane * capacity * KVQ_DIM(1), start, count,
+                   dense, first, last, KVQ_THREAD);
+}
+#endif
