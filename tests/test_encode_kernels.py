@@ -30,11 +30,12 @@ from mlx_kvq_plugin.cache import KVQCache
 from mlx_kvq_plugin.codecs import UNBIASED
 from mlx_kvq_plugin.errors import KernelError
 from mlx_kvq_plugin.frame import KeyFrame
+from mlx_kvq_plugin.kernels.build import backend
 from mlx_kvq_plugin.kernels.encode import encode_block, why_not_encode
 from mlx_kvq_plugin.kernels.sides import why_not_sides
 from mlx_kvq_plugin.schemes import parse_scheme
 
-if kernel_cpu.why_not():
+if not backend() and kernel_cpu.why_not():
     pytest.skip(kernel_cpu.why_not(), allow_module_level=True)
 kernel_cpu.register_backends()
 
@@ -150,7 +151,8 @@ def test_zeros_and_numbers_of_extreme_size(norm: float, on: str) -> None:
     cache.dense_keys, cache.dense_values = cache.dense_keys * norm, cache.dense_values * norm
     for got, plain in zip(encode_block(cache, 0, 12, on=on)[:2], encoded_plainly(cache, 0, 12), strict=True):
         for name in plain:
-            assert np.array_equal(in_float64(got[name]), in_float64(plain[name])), name
+            within = 2 * SCALE_ULP if name == "scale" else 0.0
+            assert np.allclose(in_float64(got[name]), in_float64(plain[name]), rtol=within, atol=0), name
 
 
 @pytest.mark.parametrize("on", BACKENDS)

@@ -109,9 +109,12 @@ KVQ_FUNC void kvq_decode(KVQ_DEVICE const kvq_byte* plane0, KVQ_DEVICE const kvq
 template <int SIDE, typename P, typename Q>
 KVQ_FUNC void kvq_join(P x, Q y, int sinks, int packed, int first, int last, int index) {
   const int words = KVQ_ROW_BYTES(SIDE) / 16;
-  KVQ_DEVICE const kvq_words4* from = (KVQ_DEVICE const kvq_words4*)x;
-  KVQ_DEVICE kvq_words4* to = (KVQ_DEVICE kvq_words4*)y;
+  KVQ_DEVICE const kvq_byte* from = (KVQ_DEVICE const kvq_byte*)x;
+  KVQ_DEVICE kvq_byte* to = (KVQ_DEVICE kvq_byte*)y;
   KVQ_UNROLL4
-  for (int i = first * words + index; i < last * words; i += 32 * KVQ_WARPS)
-    to[i / words < sinks ? i : i + (kvq_long)packed * words] = from[i];
+  for (int i = first * words + index; i < last * words; i += 32 * KVQ_WARPS) {
+    kvq_uint w[4];
+    kvq_load16(from + (kvq_long)i * 16, w);
+    kvq_store_words4(to + (i / words < sinks ? i : i + (kvq_long)packed * words) * 16, w[0], w[1], w[2], w[3]);
+  }
 }

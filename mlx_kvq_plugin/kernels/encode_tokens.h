@@ -120,14 +120,13 @@ KVQ_FUNC void kvq_encode(P x, KVQ_DEVICE const float* signs, KVQ_PRIVATE const k
 template <int SIDE, typename P, typename Q>
 KVQ_FUNC void kvq_compact(P x, Q y, int start, int count, int dense, int first, int last, int index) {
   const int words = KVQ_ROW_BYTES(SIDE) / 16;
-  KVQ_DEVICE const kvq_words4* from = (KVQ_DEVICE const kvq_words4*)x;
-  KVQ_DEVICE kvq_words4* to = (KVQ_DEVICE kvq_words4*)y;
+  KVQ_DEVICE const kvq_byte* from = (KVQ_DEVICE const kvq_byte*)x;
+  KVQ_DEVICE kvq_byte* to = (KVQ_DEVICE kvq_byte*)y;
   for (int i = first * words + index; i < last * words; i += 32 * KVQ_WARPS) {
     const int row = i / words;
-    kvq_words4 moved;
-    moved.a = moved.b = moved.c = moved.d = 0;
-    if (row < dense - count) moved = from[row < start ? i : i + count * words];
-    to[i] = moved;
+    kvq_uint w[4] = {0, 0, 0, 0};
+    if (row < dense - count) kvq_load16(from + (kvq_long)(row < start ? i : i + count * words) * 16, w);
+    kvq_store_words4(to + (kvq_long)i * 16, w[0], w[1], w[2], w[3]);
   }
 }
 #endif

@@ -8,6 +8,7 @@
 #define KVQ_PLACES(SIDE) (KVQ_DIM(SIDE) / 16)
 #define KVQ_TOKENS(SIDE) (32 / KVQ_PLACES(SIDE))
 
+// What several words are stored as at once.
 struct alignas(16) kvq_words4 {
   kvq_uint a, b, c, d;
 };
@@ -41,14 +42,12 @@ KVQ_FUNC kvq_uint kvq_pack_bfloat2(float low, float high) {
 }
 
 KVQ_FUNC void kvq_store_words2(KVQ_DEVICE kvq_byte* p, kvq_uint a, kvq_uint b) {
-  kvq_words2 words;
-  words.a = a, words.b = b;
-  *(KVQ_DEVICE kvq_words2*)p = words;
+  KVQ_DEVICE kvq_words2* words = (KVQ_DEVICE kvq_words2*)p;
+  words->a = a, words->b = b;
 }
 KVQ_FUNC void kvq_store_words4(KVQ_DEVICE kvq_byte* p, kvq_uint a, kvq_uint b, kvq_uint c, kvq_uint d) {
-  kvq_words4 words;
-  words.a = a, words.b = b, words.c = c, words.d = d;
-  *(KVQ_DEVICE kvq_words4*)p = words;
+  KVQ_DEVICE kvq_words4* words = (KVQ_DEVICE kvq_words4*)p;
+  words->a = a, words->b = b, words->c = c, words->d = d;
 }
 
 // Four, or eight, numbers from an address of a multiple of 16 bytes.
