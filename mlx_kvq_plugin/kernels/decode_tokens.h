@@ -34,7 +34,7 @@ KVQ_FUNC void kvq_decode(KVQ_DEVICE const kvq_byte* plane0, KVQ_DEVICE const kvq
 #if KVQ_FRAME
   if (SIDE == 0) {
     KVQ_UNROLL
-    for (int j = 0; j < 16; j++) factor[j] /= frame.scale[kvq_scale_index(kvq_channel<0>(j, place))];
+    for (int j = 0; j < 16; j++) factor[j] *= 1.0f / frame.scale[kvq_scale_index(kvq_channel<0>(j, place))];
   }
 #endif
   KVQ_NO_UNROLL
