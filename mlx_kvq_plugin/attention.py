@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, cast
 import mlx.core as mx
 
 from .errors import AttentionError
+from .kernels.build import backend
+from .kernels.decode import decode_heads, why_not_decode
 from .kernels.dispatch import accepts_fused, fused_attention
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 Mask = mx.array | str | None
 
+WORKSPACE_NBYTES = 256 * 2**20  # of decoded keys and values at a time, where heads can be decoded apart
 PACKED_QUERIES = 16  # more new tokens than this and decoding the past once is cheaper than scoring it packed
 
 
@@ -126,9 +129,35 @@ def attend_dense(args: AttendArgs) -> mx.array:
 
 
 def attend_decoded(args: AttendArgs) -> mx.array:
-    """MLX's fused attention on decoded tokens: the reference. Allocates this layer's dense K and V."""
-    keys, values = args.cache.decode_all()
-    return _attention(args, keys.astype(args.queries.dtype), values.astype(args.queries.dtype))
+    """MLX's fused attention on decoded tokens: the reference. Allocates this layer's dense K and V.
+
+    Where a kernel decodes, it does so for a few KV heads at a time, so that they stay below `WORKSPACE_NBYTES`.
+    """
+    cache = args.cache
+    if not backend() or why_not_decode(cache):
+        keys, values = cache.decode_all()
+        return _attention(args, keys.astype(args.queries.dtype), values.astype(args.queries.dtype))
+    assert cache.dense_keys is not None and cache.dense_values is not None
+    B, Hkv, _, Dk = cache.dense_keys.shape
+    repeat = args.queries.shape[1] // Hkv
+    nbytes = B * cache.held * (Dk + cache.dense_values.shape[3]) * cache.dense_keys.dtype.size
+    count = max(1, min(Hkv, WORKSPACE_NBYTES // nbytes))
+    outputs = []
+    for first in range(0, Hkv, count):
+        keys, values = decode_heads(cache, first, min(count, Hkv - first))
+        own = args if count == Hkv else _heads_of(args, first * repeat, keys.shape[1] * repeat)
+        outputs.append(_attention(own, keys.astype(args.queries.dtype), values.astype(args.queries.dtype)))
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)
+
+
+def _heads_of(args: AttendArgs, first: int, count: int) -> AttendArgs:
+    """The call for some of the query heads."""
+    heads, mask, sinks = slice(first, first + count), args.mask, args.sinks
+    if isinstance(mask, mx.array) and mask.ndim > 2 and mask.shape[-3] > 1:
+        mask = mask[..., heads, :, :]
+    return replace(
+        args, queries=args.queries[:, heads], mask=mask, sinks=None if sinks is None else sinks[heads]
+    )
 
 
 def _attention(args: AttendArgs, keys: mx.array, values: mx.array) -> mx.array:

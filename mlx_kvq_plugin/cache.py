@@ -23,6 +23,7 @@ from .errors import CacheStateError
 from .frame import MIN_TOKENS, SKIP_TOKENS, KeyFrame, fit_frame, query_energy
 from .handle import KVHandle
 from .kernels.build import backend
+from .kernels.encode import encode_block, why_not_encode
 from .planes import Rows, expanded, shared_planes, with_new_rows, without_newest
 from .rotary import Rotary, no_rotation
 from .routing import RouteLease
@@ -354,23 +355,36 @@ class KVQCache(_BaseCache):
 
     def _pack(self, count: int) -> None:
         """Encode the `count` dense tokens after the sinks and drop them from the dense buffers."""
-        assert self.dense_keys is not None and self.dense_values is not None
-        sinks, stop = self.sink_tokens, self.sink_tokens + count
-        position = self.packed_position + self._packed
-        keys, values = (x[..., sinks:stop, :] for x in (self.dense_keys, self.dense_values))
-        if self.frame is not None:
-            keys = self.frame.encode(keys, position)
-        new_keys = self.key_codec.encode(keys, self.key_statistics)
-        new_values = self.value_codec.encode(values, self.value_statistics)
+        left = self._dense - count
+        room = max(left, self.spec.sinks + self.spec.recent + self.block)
+        encode = encode_block if backend() and not why_not_encode(self) else self._encoded
+        new_keys, new_values, keys, values = encode(self, self.sink_tokens, count, room)
         self._append_planes(new_keys, new_values, count)
-        self.dense_keys, self.dense_values = (
+        self.dense_keys, self.dense_values, self._dense = keys, values, left
+
+    @staticmethod
+    def _encoded(
+        cache: KVQCache, start: int, count: int, room: int
+    ) -> tuple[Planes, Planes, mx.array | None, mx.array | None]:
+        """The plain twin of the encoding kernel, `kernels.encode.encode_block`."""
+        assert cache.dense_keys is not None and cache.dense_values is not None
+        stop = start + count
+        keys, values = (x[..., start:stop, :] for x in (cache.dense_keys, cache.dense_values))
+        if cache.frame is not None:
+            keys = cache.frame.encode(keys, cache.packed_position + cache._packed)
+        dense_keys, dense_values = (
             pad_tokens(
-                mx.concatenate([x[..., :sinks, :], x[..., stop : self._dense, :]], axis=2),
-                self.spec.sinks + self.spec.recent + self.block - (self._dense - count),
+                mx.concatenate([x[..., :start, :], x[..., stop : cache._dense, :]], axis=2),
+                room - (cache._dense - count),
             )
-            for x in (self.dense_keys, self.dense_values)
+            for x in (cache.dense_keys, cache.dense_values)
         )
-        self._dense -= count
+        return (
+            cache.key_codec.encode(keys, cache.key_statistics),
+            cache.value_codec.encode(values, cache.value_statistics),
+            dense_keys,
+            dense_values,
+        )
 
     def _shared_planes(self) -> tuple[Mapping[str, int], Mapping[str, int]]:
         """Key planes and value planes with a row for several tokens."""
@@ -412,6 +426,15 @@ class KVQCache(_BaseCache):
         self._packed += count
         if not fits:
             self._packed_start = 0
+
+    def counts(self) -> tuple[int, ...]:
+        """For kernels: packed tokens, their first row and all rows of the planes, their position; sinks, dense, room."""
+        assert self.dense_keys is not None
+        rows = next(iter(self.key_planes.values())).shape[2]
+        sinks = min(self.spec.sinks, self._dense)
+        position = self.offset - self._packed - self._dense + sinks
+        dense_rows = self.dense_keys.shape[2]
+        return self._packed, self._packed_start, rows, position, sinks, self._dense, dense_rows
 
     def reserve_tiles(self) -> None:
         """Room in the planes for whole tiles of tokens, which kernels read to their end."""

@@ -7,12 +7,14 @@
 // Defined before: KVQ_DK, KVQ_DV, KVQ_ROWS (query rows of a KV head), KVQ_COLUMNS (a multiple of 8), KVQ_WARPS,
 // KVQ_HEADS (KV heads), KVQ_SCALE, KVQ_SOFTCAP (0: none), KVQ_FRAME, KVQ_PAIRS, KVQ_HALF_LAYOUT, KVQ_MAGNITUDE,
 // KVQ_MASK (0: none, 1: bool, 2: added float32), KVQ_MASK_BATCHES, KVQ_MASK_HEADS, KVQ_MASK_QUERIES, KVQ_QUERIES (L);
+// KVQ_AHEAD (whether the codes of the next tile are loaded while this one's are used), KVQ_REGIONS;
 // by the prologue: batch, the pointers of this sequence and head (from its first packed token on), packed, position,
-// columns, sinks, splits.
+// columns, sinks, splits, and the tables: key_signs, inner (cos, then sin, of places in a block), inner_turns (the same as
+// operands), block_turns (cos and sin in turn, of blocks).
 const int lane = KVQ_LANE, warp = KVQ_WARP, row = KVQ_ROW(lane), col = KVQ_COL(lane);
 const int first_row = KVQ_GROUP_Y % KVQ_QUERY_TILES * KVQ_COLUMNS;
 
-KVQ_SHARED_ARRAY(float, shared_rows, KVQ_COLUMNS * KVQ_SHARED_DIM);
+KVQ_SHARED_ARRAY(float, shared_rows, KVQ_REGIONS * KVQ_COLUMNS * KVQ_SHARED_DIM);
 KVQ_SHARED_ARRAY(float, shared_factor, KVQ_COLUMNS);
 KVQ_SHARED_ARRAY(float, shared_peak, KVQ_WARPS * KVQ_COLUMNS);
 KVQ_SHARED_ARRAY(float, shared_total, KVQ_WARPS * KVQ_COLUMNS);
@@ -25,13 +27,21 @@ KVQ_SHARED_ARRAY(float, shared_constant, KVQ_COLUMNS);
 
 // Queries in the transform domain, each divided by its largest entry, which half precision then cannot overflow.
 for (int n = warp; n < KVQ_COLUMNS; n += KVQ_WARPS) {
-  const bool used = first_row + n < KVQ_ROWS;
+  if (first_row + n >= KVQ_ROWS) {  // columns without a query
+    for (int c = lane; c < KVQ_DK; c += 32) shared_rows[n * KVQ_SHARED_DIM + c] = 0.0f;
+    if (lane == 0) shared_factor[n] = 0.0f;
+#if KVQ_FRAME
+    for (int c = lane; c < KVQ_MEAN_STRIDE; c += 32) shared_mean[n * KVQ_MEAN_STRIDE + c] = 0.0f;
+    if (lane == 0) shared_mean_factor[n] = 0.0f, shared_constant[n] = 0.0f;
+#endif
+    continue;
+  }
   const kvq_long at = ((kvq_long)(batch * KVQ_HEADS + head) * KVQ_ROWS + first_row + n) * KVQ_DK;
   float x[KVQ_DK / 32];
   KVQ_UNROLL
   for (int i = 0; i < KVQ_DK / 32; i++) {
     const int c = 32 * i + lane;
-    x[i] = used ? kvq_to_float(queries[at + c]) * key_signs[c] : 0.0f;
+    x[i] = kvq_to_float(queries[at + c]) * key_signs[c];
 #if KVQ_FRAME
     x[i] /= frame_scale[kvq_scale_index(c)];
 #endif
@@ -47,21 +57,22 @@ for (int n = warp; n < KVQ_COLUMNS; n += KVQ_WARPS) {
   if (lane == 0) shared_factor[n] = peak * (KVQ_SCALE * KVQ_LOG2E);
 #if KVQ_FRAME
   // q . R_n mu = sum over pairs of even cos(n theta) + odd sin(n theta), and a constant of channels that do not turn.
-  float constant = 0.0f, size = 0.0f;
+  float steady = 0.0f, size = 0.0f;
   for (int c = 2 * KVQ_PAIRS + lane; c < KVQ_DK; c += 32)
-    constant += used ? kvq_to_float(queries[at + c]) * frame_mean[c] : 0.0f;
+    steady += kvq_to_float(queries[at + c]) * frame_mean[c];
   float even[KVQ_PAIR_STEPS / 4 + 1], odd[KVQ_PAIR_STEPS / 4 + 1];
   KVQ_UNROLL
   for (int i = 0; i < KVQ_PAIR_STEPS / 4 + 1; i++) {
     const int p = 32 * i + lane;
     even[i] = 0.0f, odd[i] = 0.0f;
-    if (used && p < KVQ_PAIRS) {
+    if (p < KVQ_PAIRS) {
       const int c = kvq_first_channel(p), d = kvq_second_channel(p);
       const float q1 = kvq_to_float(queries[at + c]), q2 = kvq_to_float(queries[at + d]);
       const float a = (q1 * frame_mean[c] + q2 * frame_mean[d]) * KVQ_MAGNITUDE;
       const float b = (q2 * frame_mean[c] - q1 * frame_mean[d]) * KVQ_MAGNITUDE;
       // Turned to the first packed token: by the start of its block, then by its place in the block.
-      const float c0 = block_cos[position / 64 * KVQ_PAIRS + p], s0 = block_sin[position / 64 * KVQ_PAIRS + p];
+      const int block = 2 * (position / 64 * KVQ_PAIRS + p);
+      const float c0 = block_turns[block], s0 = block_turns[block + 1];
       const float c1 = inner[position % 64 * 2 * KVQ_PAIRS + p], s1 = inner[(position % 64 * 2 + 1) * KVQ_PAIRS + p];
       const float turned_cos = c0 * c1 - s0 * s1, turned_sin = s0 * c1 + c0 * s1;
       even[i] = a * turned_cos + b * turned_sin;
@@ -79,8 +90,8 @@ for (int n = warp; n < KVQ_COLUMNS; n += KVQ_WARPS) {
       shared_mean[n * KVQ_MEAN_STRIDE + 2 * p + 1] = odd[i] * smaller;
     }
   }
-  constant = kvq_warp_sum(constant);
-  if (lane == 0) shared_mean_factor[n] = size * (KVQ_SCALE * KVQ_LOG2E), shared_constant[n] = constant * (KVQ_SCALE * KVQ_LOG2E);
+  steady = kvq_warp_sum(steady);
+  if (lane == 0) shared_mean_factor[n] = size * (KVQ_SCALE * KVQ_LOG2E), shared_constant[n] = steady * (KVQ_SCALE * KVQ_LOG2E);
 #endif
 }
 KVQ_BARRIER();
@@ -88,7 +99,7 @@ KVQ_BARRIER();
 kvq_uint query[KVQ_NT][KVQ_DK / 16][2];
 float factor[KVQ_NT][2];
 #if KVQ_FRAME
-float mean_factor[KVQ_NT][2], constant[KVQ_NT][2];
+float mean_factor[KVQ_NT][2], steady[KVQ_NT][2];
 #endif
 KVQ_UNROLL
 for (int nt = 0; nt < KVQ_NT; nt++) {
@@ -104,7 +115,7 @@ for (int nt = 0; nt < KVQ_NT; nt++) {
     factor[nt][i] = shared_factor[8 * nt + 2 * col + i];
 #if KVQ_FRAME
     mean_factor[nt][i] = shared_mean_factor[8 * nt + 2 * col + i];
-    constant[nt][i] = shared_constant[8 * nt + 2 * col + i];
+    steady[nt][i] = shared_constant[8 * nt + 2 * col + i];
 #endif
   }
 }
@@ -119,17 +130,41 @@ for (int nt = 0; nt < KVQ_NT; nt++) {
   total[nt][0] = total[nt][1] = 0.0f;
 }
 
-const int last_tile = (packed - 1) / 64;
-const kvq_uint zero = splits < 0 ? 1 : 0;
+const int last_tile = (packed - 1) / 64, stride = splits * KVQ_WARPS;
+const kvq_uint zero = splits < 0 ? 0x80008000u : 0u;
+const int first_tile = KVQ_GROUP_X * KVQ_WARPS + warp;
+KVQ_DEVICE const kvq_byte* key_field[KVQ_KEY_FIELDS];
+KVQ_DEVICE const kvq_byte* value_field[KVQ_VALUE_FIELDS];
+kvq_uint key_words[4][2][KVQ_KEY_WORDS], value_words[4][4][KVQ_VALUE_WORDS];
+#if KVQ_AHEAD
+key_fields(KVQ_KEY_PLANES, kvq_min(first_tile, last_tile) * 64 + row, col, key_field);
+KVQ_UNROLL
+for (int sub = 0; sub < 4; sub++) {
+  key_load(key_field, col, 16 * sub, key_words[sub][0]);
+  key_load(key_field, col, 16 * sub + 8, key_words[sub][1]);
+}
+#endif
 KVQ_NO_UNROLL
-for (int tile = KVQ_GROUP_X * KVQ_WARPS + warp; tile <= last_tile; tile += splits * KVQ_WARPS) {
+for (int tile = first_tile; tile <= last_tile; tile += stride) {
   // Planes have room for the whole of a last, partial tile; what stands there gets no weight.
   const int tile_row = tile * 64;
   const bool whole = tile_row + 64 <= packed;
+  KVQ_DEVICE const kvq_bfloat* key_sizes = key_scale + (tile_row + row);
+  KVQ_DEVICE const kvq_bfloat* value_sizes = value_scale + (tile_row + row);
+  float key_size[4][2], value_size[4][2];
+  KVQ_UNROLL
+  for (int sub = 0; sub < 4; sub++) {
+    key_size[sub][0] = kvq_load_bfloat(key_sizes, 16 * sub), key_size[sub][1] = kvq_load_bfloat(key_sizes, 16 * sub + 8);
+    value_size[sub][0] = kvq_load_bfloat(value_sizes, 16 * sub);
+    value_size[sub][1] = kvq_load_bfloat(value_sizes, 16 * sub + 8);
+  }
+  value_fields(KVQ_VALUE_PLANES, tile_row + 2 * col, row, value_field);
+#if !KVQ_AHEAD
+  key_fields(KVQ_KEY_PLANES, tile_row + row, col, key_field);
+#endif
 
 #if KVQ_FRAME
-  KVQ_DEVICE const float* cosines = block_cos + (tile * KVQ_PAIRS + col);
-  KVQ_DEVICE const float* sines = block_sin + (tile * KVQ_PAIRS + col);
+  KVQ_DEVICE const float* turns = block_turns + 2 * (tile * KVQ_PAIRS + col);
   kvq_uint mean[KVQ_NT][KVQ_PAIR_STEPS][2];
   KVQ_UNROLL
   for (int step = 0; step < KVQ_PAIR_STEPS; step++) {
@@ -137,7 +172,8 @@ for (int tile = KVQ_GROUP_X * KVQ_WARPS + warp; tile <= last_tile; tile += split
     for (int i = 0; i < 2; i++) {
       const int p = 8 * step + 4 * i + col;
       const bool used = 8 * KVQ_PAIR_STEPS == KVQ_PAIRS || p < KVQ_PAIRS;
-      const float c = used ? cosines[8 * step + 4 * i] : 0.0f, s = used ? sines[8 * step + 4 * i] : 0.0f;
+      float c = 0.0f, s = 0.0f;
+      if (used) kvq_load_floats(turns + 2 * (8 * step + 4 * i), c, s);
       KVQ_UNROLL
       for (int nt = 0; nt < KVQ_NT; nt++) {
         const int at = (8 * nt + row) * KVQ_MEAN_STRIDE + 2 * p;
@@ -148,30 +184,26 @@ for (int tile = KVQ_GROUP_X * KVQ_WARPS + warp; tile <= last_tile; tile += split
   }
 #endif
 
-  KVQ_DEVICE const kvq_byte* key_field[KVQ_KEY_FIELDS];
-  KVQ_DEVICE const kvq_byte* value_field[KVQ_VALUE_FIELDS];
-  key_fields(KVQ_KEY_PLANES, tile_row + row, col, key_field);
-  value_fields(KVQ_VALUE_PLANES, tile_row + 2 * col, row, value_field);
-  KVQ_DEVICE const kvq_bfloat* key_sizes = key_scale + (tile_row + row);
-  KVQ_DEVICE const kvq_bfloat* value_sizes = value_scale + (tile_row + row);
-
-  float scores[4][KVQ_NT][4], value_size[4][2];
+  float scores[4][KVQ_NT][4];
   KVQ_UNROLL
   for (int sub = 0; sub < 4; sub++) {
-    kvq_uint near_words[KVQ_KEY_WORDS], far_words[KVQ_KEY_WORDS], near_pairs[KVQ_DK / 8], far_pairs[KVQ_DK / 8];
-    key_load(key_field, col, 16 * sub, near_words);
-    key_load(key_field, col, 16 * sub + 8, far_words);
-    const float key_size[2] = {kvq_load_bfloat(key_sizes, 16 * sub), kvq_load_bfloat(key_sizes, 16 * sub + 8)};
-    value_size[sub][0] = kvq_load_bfloat(value_sizes, 16 * sub);
-    value_size[sub][1] = kvq_load_bfloat(value_sizes, 16 * sub + 8);
-    key_pairs(near_words, zero, near_pairs);
-    key_pairs(far_words, zero, far_pairs);
+    kvq_uint near_pairs[KVQ_DK / 8], far_pairs[KVQ_DK / 8];
+#if !KVQ_AHEAD
+    key_load(key_field, col, 16 * sub, key_words[sub][0]);
+    key_load(key_field, col, 16 * sub + 8, key_words[sub][1]);
+#endif
+    key_pairs(key_words[sub][0], zero, near_pairs);
+    key_pairs(key_words[sub][1], zero, far_pairs);
+#if KVQ_AHEAD
+    KVQ_UNROLL
+    for (int i = 0; i < 4; i++) value_load(value_field, row, 16 * sub + i / 2 * 8 + i % 2, value_words[sub][i]);
+#endif
     KVQ_UNROLL
     for (int nt = 0; nt < KVQ_NT; nt++) {
-      float products[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      float products[4] = {0.0f, 0.0f, 0.0f, 0.0f}, others[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       KVQ_UNROLL
-      for (int k = 0; k < KVQ_DK / 16; k++)
-        kvq_mma(products, near_pairs[2 * k], far_pairs[2 * k], near_pairs[2 * k + 1], far_pairs[2 * k + 1],
+      for (int k = 0; k < KVQ_DK / 16; k++)  // two sums, since each product waits for the one before it
+        kvq_mma(k % 2 ? others : products, near_pairs[2 * k], far_pairs[2 * k], near_pairs[2 * k + 1], far_pairs[2 * k + 1],
                 query[nt][k][0], query[nt][k][1]);
 #if KVQ_FRAME
       float means[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -184,9 +216,9 @@ for (int tile = KVQ_GROUP_X * KVQ_WARPS + warp; tile <= last_tile; tile += split
 #endif
       KVQ_UNROLL
       for (int i = 0; i < 4; i++) {
-        float score = products[i] * (key_size[i / 2] * factor[nt][i % 2]);
+        float score = (products[i] + others[i]) * (key_size[sub][i / 2] * factor[nt][i % 2]);
 #if KVQ_FRAME
-        score += kvq_fma(means[i], mean_factor[nt][i % 2], constant[nt][i % 2]);
+        score += kvq_fma(means[i], mean_factor[nt][i % 2], steady[nt][i % 2]);
 #endif
 #if KVQ_SOFTCAP_ON
         score = KVQ_SOFTCAP * KVQ_LOG2E * kvq_tanh(score * (1.0f / (KVQ_SOFTCAP * KVQ_LOG2E)));
@@ -256,15 +288,23 @@ for (int tile = KVQ_GROUP_X * KVQ_WARPS + warp; tile <= last_tile; tile += split
     size = size_now;
   }
   const float inverse_size = size > 0.0f ? KVQ_WEIGHT_PEAK / size : 0.0f;
+#if KVQ_AHEAD
+  key_fields(KVQ_KEY_PLANES, kvq_min(tile + stride, last_tile) * 64 + row, col, key_field);
+#endif
 
   KVQ_UNROLL
   for (int sub = 0; sub < 4; sub++) {
-    kvq_uint words[4][KVQ_VALUE_WORDS], near_pairs[KVQ_DV / 8], far_pairs[KVQ_DV / 8];
+    kvq_uint near_pairs[KVQ_DV / 8], far_pairs[KVQ_DV / 8];
+#if !KVQ_AHEAD
     KVQ_UNROLL
-    for (int i = 0; i < 4; i++)
-      value_load(value_field, row, 16 * sub + i / 2 * 8 + i % 2, words[i]);
-    value_pairs(words[0], words[1], zero, near_pairs);
-    value_pairs(words[2], words[3], zero, far_pairs);
+    for (int i = 0; i < 4; i++) value_load(value_field, row, 16 * sub + i / 2 * 8 + i % 2, value_words[sub][i]);
+#endif
+    value_pairs(value_words[sub][0], value_words[sub][1], zero, near_pairs);
+    value_pairs(value_words[sub][2], value_words[sub][3], zero, far_pairs);
+#if KVQ_AHEAD
+    key_load(key_field, col, 16 * sub, key_words[sub][0]);
+    key_load(key_field, col, 16 * sub + 8, key_words[sub][1]);
+#endif
     KVQ_UNROLL
     for (int nt = 0; nt < KVQ_NT; nt++) {
       float weights[4];
@@ -297,8 +337,9 @@ for (int nt = 0; nt < KVQ_NT; nt++) {
   }
 }
 KVQ_BARRIER();
-for (int turn = 0; turn < KVQ_WARPS; turn++) {
-  if (warp == turn) {
+const int region = warp % KVQ_REGIONS * (KVQ_COLUMNS * KVQ_SHARED_DIM);
+for (int turn = 0; turn < KVQ_WARPS; turn += KVQ_REGIONS) {
+  if (warp / KVQ_REGIONS * KVQ_REGIONS == turn) {
     KVQ_UNROLL
     for (int nt = 0; nt < KVQ_NT; nt++) {
       KVQ_UNROLL
@@ -311,7 +352,7 @@ for (int turn = 0; turn < KVQ_WARPS; turn++) {
         for (int mt = 0; mt < KVQ_DV / 16; mt++) {
           KVQ_UNROLL
           for (int j = 0; j < 2; j++) {
-            const int at = n * KVQ_SHARED_DIM + value_channel(row, 2 * mt + j);
+            const int at = region + n * KVQ_SHARED_DIM + value_channel(row, 2 * mt + j);
             const float more = sums[nt][mt][2 * j + i] * share * value_lead((2 * mt + j) % KVQ_VALUE_SLOTS);
             shared_rows[at] = turn == 0 ? more : shared_rows[at] + more;
           }
@@ -324,8 +365,12 @@ for (int turn = 0; turn < KVQ_WARPS; turn++) {
 const kvq_long out_row = (kvq_long)(batch * KVQ_HEADS + head) * KVQ_ROWS + first_row;
 for (int i = KVQ_THREAD; i < KVQ_COLUMNS * KVQ_DV; i += 32 * KVQ_WARPS) {
   const int n = i / KVQ_DV;
-  if (first_row + n < KVQ_ROWS)
-    partial[((out_row + n) * splits + KVQ_GROUP_X) * KVQ_DV + i % KVQ_DV] = shared_rows[n * KVQ_SHARED_DIM + i % KVQ_DV];
+  if (first_row + n < KVQ_ROWS) {
+    float sum = 0.0f;
+    KVQ_UNROLL
+    for (int r = 0; r < KVQ_REGIONS; r++) sum += shared_rows[(r * KVQ_COLUMNS + n) * KVQ_SHARED_DIM + i % KVQ_DV];
+    partial[((out_row + n) * splits + KVQ_GROUP_X) * KVQ_DV + i % KVQ_DV] = sum;
+  }
 }
 for (int n = KVQ_THREAD; n < KVQ_COLUMNS; n += 32 * KVQ_WARPS) {
   if (first_row + n < KVQ_ROWS) {

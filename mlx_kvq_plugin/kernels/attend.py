@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from ..codecs import Codec
-from ..rotary import BLOCK, Rotary, block_tables
+from ..rotary import BLOCK, Rotary
 from ..rotation import signs
 from .build import Kernel, build, dtype_name, numbers
 from .codes import CodeLayout, code_layout, key_text, value_text, why_not_codes
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
 MAX_QUERIES = 8  # new tokens of a step: a longer one is a prefill chunk
 MAX_REPEAT = 16  # query heads of a KV head
+SUMS_NBYTES = 20 * 1024  # of shared memory for the warps' sums
 MAX_ROWS = 64  # query rows of a KV head
+MERGE_AHEAD = 8  # splits, and dense tokens, that a thread of the second kernel loads before it waits
 DENSE_CHUNK = 128  # dense tokens whose scores are in shared memory at a time
 
 
@@ -66,9 +69,8 @@ def why_not_fused(cache: KVQCache, dim: int, value_dim: int) -> str:
     return reason
 
 
-@cache
-def _inner_turns(rotary: Rotary) -> mx.array:
-    """cos and sin of i theta_j for i < 64 as left operands of 16 x 16 products, half precision, 16 bytes a lane.
+def _inner_turns(rotary: Rotary) -> npt.NDArray[np.float32]:
+    """cos and sin of i theta_j for i < 64 as left operands of 16 x 16 products: half precision, as float32 words.
 
     Order: 4 x 16 tokens, steps of 8 rotary pairs, 32 places of a lane (row, then column), 4 pairs of numbers.
     """
@@ -80,23 +82,50 @@ def _inner_turns(rotary: Rotary) -> mx.array:
     table = np.stack([np.cos(turned) * used, np.sin(turned) * used], axis=-1).astype(np.float16)
     # (token, pair, 2) -> (sub, near or far, row, step, first or second four pairs, column, 2)
     table = table.reshape(4, 2, 8, steps, 2, 4, 2).transpose(0, 3, 2, 5, 4, 1, 6)
-    found = mx.array(np.ascontiguousarray(table).view(np.uint8).reshape(-1))
-    mx.eval(found)
-    return found
+    return np.ascontiguousarray(table).reshape(-1).view(np.float32)
 
 
-def fused_tables_nbytes() -> int:
-    """Bytes of the tables of all rotaries whose layers were attended to."""
-    return sum(table.nbytes for table in _TABLES.values())
+class Tables:
+    """Constants of a plan in one array, float32: signs of keys and values, then what turns by the rotary.
+
+    Offsets: `inner` holds cos, then sin, of places in a block; `inner_turns` the same as operands; `block_turns` cos and
+    sin in turn of the starts of blocks, which grow with the tokens, by doubling.
+    """
+
+    def __init__(self, key_signs: mx.array, value_signs: mx.array, rotary: Rotary | None):
+        self._parts = [np.array(key_signs), np.array(value_signs)]
+        self.rotary, self._blocks = rotary, 0
+        self.value_signs = key_signs.size
+        self.inner_turns = self.value_signs + value_signs.size
+        self.inner = self.block_turns = self.inner_turns
+        if rotary is not None:
+            turns = _inner_turns(rotary)
+            turned = np.arange(BLOCK)[:, None] * np.array(rotary.angles)
+            self.inner = self.inner_turns + turns.size
+            self.block_turns = self.inner + 2 * turned.size
+            self._parts += [turns, np.concatenate([np.cos(turned), np.sin(turned)], axis=1).reshape(-1)]
+        self._array = mx.array(0.0)
+
+    def array(self, blocks: int) -> mx.array:
+        """The array, with at least `blocks` blocks."""
+        if self._blocks < blocks or self._blocks == 0:
+            self._blocks = max(64, 1 << (blocks - 1).bit_length())
+            parts = list(self._parts)
+            if self.rotary is not None:
+                starts = np.arange(self._blocks)[:, None] * BLOCK * np.array(self.rotary.angles)
+                parts.append(np.stack([np.cos(starts), np.sin(starts)], axis=-1).reshape(-1))
+            self._array = mx.array(np.concatenate(parts).astype(np.float32))
+            mx.eval(self._array)  # lazy arrays cannot cross threads
+        return self._array
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._array.nbytes)
 
 
-_TABLES: dict[Rotary, mx.array] = {}
-
-
-def _turns(rotary: Rotary) -> mx.array:
-    if rotary not in _TABLES:
-        _TABLES[rotary] = _inner_turns(rotary)
-    return _TABLES[rotary]
+@cache
+def _tables(key: Codec, key_dim: int, value: Codec, value_dim: int, rotary: Rotary | None) -> Tables:
+    return Tables(signs(key_dim, key.seed), signs(value_dim, value.seed), rotary)
 
 
 def _side_inputs(side: str, layout: CodeLayout, row: int) -> list[str]:
@@ -125,11 +154,14 @@ def _chosen(kind: str, name: str, size: str, rows: int) -> str:
     return text + f"{name} += (kvq_long){at} * {size};\n"
 
 
-def _integers(names: Sequence[str], rows: int, first: int = 0) -> str:
-    """Integers of this group's sequence."""
-    text = "".join(f"int {name} = KVQ_NUMBER(numbers_0_shape[{first + i}]);\n" for i, name in enumerate(names))
+NUMBERS = ("packed", "start", "capacity", "position", "sinks", "dense", "dense_capacity", "splits", "columns")
+
+
+def _integers(rows: int) -> str:
+    """The integers of this group's sequence."""
+    text = "".join(f"int {name} = KVQ_NUMBER(numbers_0_shape[{i}]);\n" for i, name in enumerate(NUMBERS))
     for row in range(1, rows):
-        some = " ".join(f"{name} = KVQ_NUMBER(numbers_{row}_shape[{first + i}]);" for i, name in enumerate(names))
+        some = " ".join(f"{name} = KVQ_NUMBER(numbers_{row}_shape[{i}]);" for i, name in enumerate(NUMBERS[:-2]))
         text += f"if (batch == {row}) {{ {some} }}\n"
     return text
 
@@ -149,10 +181,11 @@ class FusedPlan:
         wide = max(call.key_dim, call.value_dim) > 128
         self.columns = 8 if self.rows <= 8 or wide else 16
         self.tiles = -(-self.rows // self.columns)
-        self.key_signs, self.value_signs = signs(call.key_dim, key.seed), signs(call.value_dim, value.seed)
+        self.tables = _tables(key, call.key_dim, value, call.value_dim, rotary)
         self.dtype = {"float": mx.float32, "kvq_half": mx.float16, "kvq_bfloat": mx.bfloat16}[call.dtype]
         self.attend, self.merge = self._attend_kernel(on), self._merge_kernel(on)
-        self.blocks = 0
+        self._constant_sizes()
+        self._sizes: dict[tuple[tuple[int, ...], ...], _Sizes] = {}
 
     def __deepcopy__(self, memo: object) -> FusedPlan:
         return self
@@ -172,6 +205,8 @@ class FusedPlan:
             "KVQ_NT": self.columns // 8,
             "KVQ_QUERY_TILES": self.tiles,
             "KVQ_WARPS": self.launch.warps,
+            "KVQ_REGIONS": self.regions,
+            "KVQ_AHEAD": self.columns == 8 and max(call.key_dim, call.value_dim) <= 128,
             "KVQ_SCALE": f"{call.scale!r}f",
             "KVQ_SOFTCAP_ON": call.softcap != 0,
             "KVQ_SOFTCAP": f"{float(call.softcap)!r}f",
@@ -193,24 +228,26 @@ class FusedPlan:
     def _attend_kernel(self, on: str) -> Kernel:
         call = self.call
         rows = max(1, call.rows)
-        inputs = ["queries", "key_signs", "shared_numbers"]
+        inputs = ["queries", "tables"]
         for row in range(rows):
             inputs += [f"numbers_{row}", *_side_inputs("key", self.key_layout, row)]
             inputs += _side_inputs("value", self.value_layout, row)
             if self.rotary is not None:
                 inputs += [f"frame_mean_{row}", f"frame_scale_{row}"]
-        if self.rotary is not None:
-            inputs += ["block_cos", "block_sin", "inner", "inner_turns"]
         if call.mask:
             inputs.append("mask")
         prologue = (
             "const int batch = KVQ_GROUP_Z, head = KVQ_GROUP_Y / KVQ_QUERY_TILES;\n"
-            "const int splits = KVQ_NUMBER(shared_numbers_shape[0]), columns = KVQ_NUMBER(shared_numbers_shape[1]);\n"
-            + _integers(["packed", "start", "capacity", "position", "sinks"], call.rows)
+            + _integers(call.rows)
             + _pointers("key", self.key_layout, call.rows)
             + _pointers("value", self.value_layout, call.rows)
         )
+        prologue += "KVQ_DEVICE const float* key_signs = tables;\n"
         if self.rotary is not None:
+            for name in ("inner", "block_turns"):
+                prologue += f"KVQ_DEVICE const float* {name} = tables + {getattr(self.tables, name)};\n"
+            prologue += "KVQ_DEVICE const kvq_byte* inner_turns = (KVQ_DEVICE const kvq_byte*)"
+            prologue += f"(tables + {self.tables.inner_turns});\n"
             prologue += _chosen("float", "frame_mean", "KVQ_DK", call.rows)
             prologue += _chosen("float", "frame_scale", "(KVQ_DK - KVQ_PAIRS)", call.rows)
         return build(
@@ -234,7 +271,7 @@ class FusedPlan:
 
     def _merge_kernel(self, on: str) -> Kernel:
         call = self.call
-        inputs = ["partial", "statistics", "queries", "value_signs", "shared_numbers"]
+        inputs = ["partial", "statistics", "queries", "tables"]
         for row in range(max(1, call.rows)):
             inputs += [f"numbers_{row}", f"dense_keys_{row}", f"dense_values_{row}"]
         if call.mask:
@@ -243,8 +280,8 @@ class FusedPlan:
             inputs.append("sink_logits")
         prologue = (
             "const int batch = KVQ_GROUP_Z, head = KVQ_GROUP_Y, n = KVQ_GROUP_X;\n"
-            "const int splits = KVQ_NUMBER(shared_numbers_shape[0]), columns = KVQ_NUMBER(shared_numbers_shape[1]);\n"
-            + _integers(["packed", "sinks", "dense", "dense_capacity"], call.rows)
+            f"KVQ_DEVICE const float* value_signs = tables + {self.tables.value_signs};\n"
+            + _integers(call.rows)
             + _chosen(call.dense_dtype, "dense_keys", "dense_capacity * KVQ_DK", call.rows)
             + _chosen(call.dense_dtype, "dense_values", "dense_capacity * KVQ_DV", call.rows)
         )
@@ -257,6 +294,8 @@ class FusedPlan:
             {
                 **self._defines(),
                 "KVQ_THREADS": self.merge_threads,
+                "KVQ_PARTS": self.merge_threads // call.value_dim,
+                "KVQ_MERGE_AHEAD": MERGE_AHEAD,
                 "KVQ_DENSE_CHUNK": DENSE_CHUNK,
                 "KVQ_QUERY_TYPE": call.dtype,
                 "KVQ_SINK_TYPE": call.sinks or "float",
@@ -264,6 +303,16 @@ class FusedPlan:
             on,
             prologue=prologue,
         )
+
+    def _constant_sizes(self) -> None:
+        call, threads = self.call, self.merge_threads
+        batch = max(1, call.batch)
+        self._attend_group, self._merge_group = (32 * self.launch.warps, 1, 1), (threads, 1, 1)
+        self._merge_grid = (self.rows * threads, call.heads, batch)
+        self._output_shapes = [(batch, call.heads * call.repeat, call.queries, call.value_dim)]
+        self._output_dtypes = [self.dtype]
+        self.key_planes = (*self.key_layout.planes, "scale")
+        self.value_planes = (*self.value_layout.planes, "scale")
 
     @property
     def merge_threads(self) -> int:
@@ -275,52 +324,84 @@ class FusedPlan:
         groups = max(1, self.call.batch) * self.call.heads * self.tiles
         return max(1, min(-(-tiles // self.launch.warps), self.launch.groups // groups))
 
+    @property
+    def regions(self) -> int:
+        """Warps whose sums stand side by side in shared memory at the end of the first kernel."""
+        size = 4 * self.columns * (max(self.call.key_dim, self.call.value_dim) + 4)
+        return max(1, min(self.launch.warps, SUMS_NBYTES // size))
+
     def __call__(
         self, caches: Sequence[KVQCache], queries: mx.array, mask: mx.array | None, sinks: mx.array | None
     ) -> mx.array:
         """Attention `(B, Hq, L, Dv)` of queries `(B, Hq, L, Dk)`, in their dtype.
 
         Args:
-            caches: the one cache, or the caches of the rows of a batch.
+            caches: the one cache, or the caches of the rows of a batch; their planes have room for whole tiles.
+            queries: contiguous.
             mask: `(batches, heads, L or 1, T)`, contiguous, bool or float32, or `None`.
             sinks: logits `(Hq,)`.
         """
-        call = self.call
-        attend_inputs, merge_inputs = [queries, self.key_signs], []
-        tiles = blocks = 1
-        found: list[mx.array] = []
-        for cache in caches:
-            packed, position = cache.packed_tokens, cache.packed_position if self.rotary is not None else 0
-            numbers_ = numbers(packed, cache._packed_start, cache.plane_rows, position, cache.sink_tokens)
-            tiles = max(tiles, -(-packed // BLOCK))
-            blocks = max(blocks, -(-packed // BLOCK), position // BLOCK + 1)
-            found += [numbers_, *cache.key_planes.values(), *cache.value_planes.values()]
+        counts = tuple(cache.counts() for cache in caches)
+        sizes = self._sizes.get(counts)
+        if sizes is None:
+            if len(self._sizes) > 64:  # of steps long past
+                self._sizes.clear()
+            self._sizes[counts] = sizes = self._sizes_of(counts)
+        tables = self.tables.array(sizes.blocks)
+        attend_inputs, merge_inputs = [queries, tables], [queries, tables]
+        for cache, own in zip(caches, sizes.numbers, strict=True):
+            attend_inputs.append(own)
+            attend_inputs += [cache.key_planes[name] for name in self.key_planes]
+            attend_inputs += [cache.value_planes[name] for name in self.value_planes]
             if cache.frame is not None:
-                found += [cache.frame.mean, cache.frame.scale]
-            assert cache.dense_keys is not None and cache.dense_values is not None
-            dense_numbers = numbers(packed, cache.sink_tokens, cache._dense, cache.dense_keys.shape[2])
-            merge_inputs += [dense_numbers, cache.dense_keys, cache.dense_values]
+                attend_inputs += [cache.frame.mean, cache.frame.scale]
+            merge_inputs += [own, cache.dense_keys, cache.dense_values]
+        if mask is not None:
+            attend_inputs.append(mask)
+            merge_inputs.append(mask)
+        if sinks is not None:
+            merge_inputs.append(sinks)
+        partial = self.attend(
+            inputs=attend_inputs,
+            grid=sizes.grid,
+            threadgroup=self._attend_group,
+            output_shapes=sizes.partial_shapes,
+            output_dtypes=_FLOAT32,
+        )
+        return self.merge(
+            inputs=[*partial, *merge_inputs],
+            grid=self._merge_grid,
+            threadgroup=self._merge_group,
+            output_shapes=self._output_shapes,
+            output_dtypes=self._output_dtypes,
+        )[0]
+
+    def _sizes_of(self, counts: tuple[tuple[int, ...], ...]) -> _Sizes:
+        """Launch sizes and the integers of kernels for `KVQCache.counts` of every sequence."""
+        call = self.call
+        tiles = max(-(-packed // BLOCK) for packed, *_ in counts)
+        first = max(position for _, _, _, position, *_ in counts) // BLOCK + 1
         splits = self.splits(tiles)
-        shared = numbers(splits, mask.shape[-1] if mask is not None else caches[0].held)
-        attend_inputs += [shared, *found]
-        if self.rotary is not None:
-            attend_inputs += [*block_tables(self.rotary, blocks, whole=True), _turns(self.rotary)]
-        masks = [] if mask is None else [mask]
-        B, Hq, L, _ = queries.shape
-        partial, statistics = self.attend(
-            inputs=attend_inputs + masks,
-            grid=(splits * 32 * self.launch.warps, call.heads * self.tiles, B),
-            threadgroup=(32 * self.launch.warps, 1, 1),
-            output_shapes=[(B, Hq * L, splits, call.value_dim), (B, Hq * L, splits, 2)],
-            output_dtypes=[mx.float32, mx.float32],
+        columns = max(packed + dense for packed, _, _, _, _, dense, _ in counts)
+        # Of a thread: arrays that are not evaluated cannot cross threads, and evaluating here would wait for the GPU.
+        own = tuple(numbers(*count, splits, columns) for count in counts)
+        batch, query_rows = max(1, call.batch), call.heads * self.rows
+        return _Sizes(
+            numbers=own,
+            blocks=max(tiles, first) if self.rotary is not None else 1,
+            grid=(splits * 32 * self.launch.warps, call.heads * self.tiles, batch),
+            partial_shapes=[(batch, query_rows, splits, call.value_dim), (batch, query_rows, splits, 2)],
         )
-        threads = self.merge_threads
-        (output,) = self.merge(
-            inputs=[partial, statistics, queries, self.value_signs, shared, *merge_inputs, *masks]
-            + ([] if sinks is None else [sinks]),
-            grid=(self.rows * threads, call.heads, B),
-            threadgroup=(threads, 1, 1),
-            output_shapes=[(B, Hq, L, call.value_dim)],
-            output_dtypes=[self.dtype],
-        )
-        return output
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What the counts of tokens of one step decide, the same in all layers."""
+
+    numbers: tuple[mx.array, ...]
+    blocks: int
+    grid: tuple[int, int, int]
+    partial_shapes: list[tuple[int, ...]]
+
+
+_FLOAT32 = [mx.float32, mx.float32]

@@ -107,6 +107,10 @@ KVQ_FUNC void kvq_store(kvq_bfloat* p, kvq_long i, float x) { p[i] = kvq_to_bflo
 KVQ_FUNC kvq_uint kvq_load1(const kvq_byte* p) { return *p; }
 KVQ_FUNC kvq_uint kvq_load2(const kvq_byte* p) { uint16_t x; memcpy(&x, kvq_host_aligned(p, 2), 2); return x; }
 KVQ_FUNC kvq_uint kvq_load4(const kvq_byte* p) { kvq_uint x; memcpy(&x, kvq_host_aligned(p, 4), 4); return x; }
+KVQ_FUNC void kvq_load_floats(const float* p, float& x, float& y) {
+  kvq_host_aligned((const kvq_byte*)p, 8);
+  x = p[0], y = p[1];
+}
 KVQ_FUNC void kvq_load8(const kvq_byte* p, KVQ_PRIVATE kvq_uint* w) { memcpy(w, kvq_host_aligned(p, 8), 8); }
 KVQ_FUNC void kvq_load16(const kvq_byte* p, KVQ_PRIVATE kvq_uint* w) { memcpy(w, kvq_host_aligned(p, 16), 16); }
 

@@ -89,6 +89,10 @@ KVQ_FUNC void kvq_store(__nv_bfloat16* p, kvq_long i, float x) { p[i] = __float2
 KVQ_FUNC kvq_uint kvq_load1(const kvq_byte* p) { return *p; }
 KVQ_FUNC kvq_uint kvq_load2(const kvq_byte* p) { return *reinterpret_cast<const unsigned short*>(p); }
 KVQ_FUNC kvq_uint kvq_load4(const kvq_byte* p) { return *reinterpret_cast<const kvq_uint*>(p); }
+KVQ_FUNC void kvq_load_floats(const float* p, float& x, float& y) {
+  const float2 pair = *reinterpret_cast<const float2*>(p);
+  x = pair.x, y = pair.y;
+}
 KVQ_FUNC void kvq_load8(const kvq_byte* p, KVQ_PRIVATE kvq_uint* w) {
   const uint2 x = *reinterpret_cast<const uint2*>(p);
   w[0] = x.x, w[1] = x.y;

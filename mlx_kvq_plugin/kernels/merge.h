@@ -1,56 +1,52 @@
 // The end of attention: partial sums of all splits, the dense tokens, attention sinks; one group a query row.
 //
-// Defined before, besides the constants of attend.h: KVQ_THREADS (a multiple of KVQ_DV and of 32), KVQ_CAUSAL, KVQ_SINKS
-// (whether sink logits join the softmax); by the prologue: batch, head, n (query row), pointers of the dense tokens of this
-// sequence and head, dense, sinks, packed, columns, splits.
+// Loads that wait for nothing come first. Defined before, besides the constants of attend.h: KVQ_THREADS (a multiple of
+// KVQ_DV and of 32), KVQ_CAUSAL, KVQ_SINKS (whether sink logits join the softmax), KVQ_DENSE_CHUNK; by the prologue:
+// batch, head, n (query row), pointers of the dense tokens of this sequence and head, dense, sinks, packed, columns,
+// splits, value_signs.
 const int lane = KVQ_LANE, warp = KVQ_WARP, channel = KVQ_THREAD % KVQ_DV, part = KVQ_THREAD / KVQ_DV;
 const kvq_long query_row = (kvq_long)(batch * KVQ_HEADS + head) * KVQ_ROWS + n;
+const kvq_long first_split = query_row * splits;
 
 KVQ_SHARED_ARRAY(float, shared_scores, KVQ_DENSE_CHUNK);
 KVQ_SHARED_ARRAY(float, shared_sums, KVQ_THREADS);
+KVQ_SHARED_ARRAY(float, shared_more, KVQ_THREADS);
 KVQ_SHARED_ARRAY(float, shared_packed, KVQ_DV);
 
-
-float query[KVQ_DK / 32];
+float query[KVQ_DK / 32], ahead[KVQ_MERGE_AHEAD], values_ahead[KVQ_MERGE_AHEAD];
 KVQ_UNROLL
-for (int i = 0; i < KVQ_DK / 32; i++) query[i] = kvq_to_float(queries[query_row * KVQ_DK + 32 * i + lane]) * (KVQ_SCALE * KVQ_LOG2E);
+for (int i = 0; i < KVQ_MERGE_AHEAD; i++) {
+  const int s = part + i * KVQ_PARTS;
+  ahead[i] = s < splits ? partial[(first_split + s) * KVQ_DV + channel] : 0.0f;
+  values_ahead[i] = s < dense ? kvq_to_float(dense_values[(kvq_long)s * KVQ_DV + channel]) : 0.0f;
+}
+KVQ_UNROLL
+for (int i = 0; i < KVQ_DK / 32; i++)
+  query[i] = kvq_to_float(queries[query_row * KVQ_DK + 32 * i + lane]) * (KVQ_SCALE * KVQ_LOG2E);
 
-// Splits: one peak, one total, one weighted sum.
-float peak = KVQ_LOWEST, total = 0.0f, sum = 0.0f;
-for (int s = lane; s < splits; s += 32) peak = kvq_max(peak, statistics[(query_row * splits + s) * 2]);
+// Splits: their highest peak, the sum of their totals.
+float peak = KVQ_LOWEST, total = 0.0f;
+for (int s = lane; s < splits; s += 32) peak = kvq_max(peak, statistics[(first_split + s) * 2]);
 peak = kvq_warp_max(peak);
 for (int s = lane; s < splits; s += 32)
-  total += statistics[(query_row * splits + s) * 2 + 1] * kvq_exp2(statistics[(query_row * splits + s) * 2] - peak);
+  total += statistics[(first_split + s) * 2 + 1] * kvq_exp2(statistics[(first_split + s) * 2] - peak);
 total = kvq_warp_sum(total);
+float packed_sum = 0.0f, dense_sum = 0.0f;
+KVQ_UNROLL
+for (int i = 0; i < KVQ_MERGE_AHEAD; i++) {
+  const int s = part + i * KVQ_PARTS;
+  if (s < splits) packed_sum += ahead[i] * kvq_exp2(statistics[(first_split + s) * 2] - peak);
+}
 KVQ_UNROLL4
-for (int s = part; s < splits; s += KVQ_THREADS / KVQ_DV)
-  sum += partial[(query_row * splits + s) * KVQ_DV + channel] * kvq_exp2(statistics[(query_row * splits + s) * 2] - peak);
-shared_sums[KVQ_THREAD] = sum;
-KVQ_BARRIER();
-if (part == 0) {
-  KVQ_UNROLL
-  for (int i = 1; i < KVQ_THREADS / KVQ_DV; i++) sum += shared_sums[i * KVQ_DV + channel];
-  shared_packed[channel] = sum;
-}
-KVQ_BARRIER();
+for (int s = part + KVQ_MERGE_AHEAD * KVQ_PARTS; s < splits; s += KVQ_PARTS)
+  packed_sum += partial[(first_split + s) * KVQ_DV + channel] * kvq_exp2(statistics[(first_split + s) * 2] - peak);
 
-// Back from the transform domain: the transform is its own inverse but for the signs.
-if (warp == 0) {
-  float x[KVQ_DV / 32];
-  KVQ_UNROLL
-  for (int i = 0; i < KVQ_DV / 32; i++) x[i] = shared_packed[32 * i + lane];
-  kvq_hadamard<KVQ_DV / 32>(x, lane);
-  KVQ_UNROLL
-  for (int i = 0; i < KVQ_DV / 32; i++) shared_packed[32 * i + lane] = x[i] * value_signs[32 * i + lane];
-}
-KVQ_BARRIER();
-
-sum = part == 0 ? shared_packed[channel] : 0.0f;
+float packed_weight = 1.0f;  // of the splits' sums, once other tokens have raised the peak
 #if KVQ_SINKS
 {
   const float logit = kvq_to_float(sink_logits[head * (KVQ_ROWS / KVQ_QUERIES) + n / KVQ_QUERIES]) * KVQ_LOG2E;
   const float highest = kvq_max(peak, logit), decay = kvq_exp2(peak - highest);
-  sum *= decay;
+  packed_weight = decay;
   total = total * decay + kvq_exp2(logit - highest);
   peak = highest;
 }
@@ -59,7 +55,8 @@ sum = part == 0 ? shared_packed[channel] : 0.0f;
 // Dense tokens, in chunks: the sinks first, then the recent ones.
 KVQ_NO_UNROLL
 for (int begin = 0; begin < dense; begin += KVQ_DENSE_CHUNK) {
-  const int count = dense - begin < KVQ_DENSE_CHUNK ? dense - begin : KVQ_DENSE_CHUNK;
+  const int count = kvq_min(dense - begin, KVQ_DENSE_CHUNK);
+  KVQ_UNROLL4
   for (int j = warp; j < count; j += KVQ_THREADS / 32) {
     const int token = begin + j, column = token < sinks ? token : token + packed;
     float score = 0.0f;
@@ -70,7 +67,7 @@ for (int begin = 0; begin < dense; begin += KVQ_DENSE_CHUNK) {
     score = KVQ_SOFTCAP * KVQ_LOG2E * kvq_tanh(score * (1.0f / (KVQ_SOFTCAP * KVQ_LOG2E)));
 #endif
 #if KVQ_CAUSAL
-    if (column > columns - KVQ_QUERIES + n % KVQ_QUERIES) score = 2.0f * KVQ_LOWEST;
+    if (column > columns - KVQ_QUERIES + n % KVQ_QUERIES) score = 4.0f * KVQ_LOWEST;
 #endif
 #if KVQ_MASK
     score = kvq_masked(score, mask, batch, head, n, column, columns);
@@ -86,17 +83,41 @@ for (int begin = 0; begin < dense; begin += KVQ_DENSE_CHUNK) {
   float more = 0.0f;
   for (int j = lane; j < count; j += 32) more += kvq_exp2(shared_scores[j] - peak);
   total = total * decay + kvq_warp_sum(more);
-  sum *= decay;
+  packed_weight *= decay;
+  dense_sum *= decay;
+  if (begin == 0) {
+    KVQ_UNROLL
+    for (int i = 0; i < KVQ_MERGE_AHEAD; i++) {
+      const int j = part + i * KVQ_PARTS;
+      if (j < count) dense_sum += kvq_exp2(shared_scores[j] - peak) * values_ahead[i];
+    }
+  }
   KVQ_UNROLL4
-  for (int j = part; j < count; j += KVQ_THREADS / KVQ_DV)
-    sum += kvq_exp2(shared_scores[j] - peak) * kvq_to_float(dense_values[(kvq_long)(begin + j) * KVQ_DV + channel]);
-  KVQ_BARRIER();
+  for (int j = part + (begin == 0 ? KVQ_MERGE_AHEAD * KVQ_PARTS : 0); j < count; j += KVQ_PARTS)
+    dense_sum += kvq_exp2(shared_scores[j] - peak) * kvq_to_float(dense_values[(kvq_long)(begin + j) * KVQ_DV + channel]);
+  if (begin + KVQ_DENSE_CHUNK < dense) KVQ_BARRIER();
 }
 
-shared_sums[KVQ_THREAD] = sum;
+shared_sums[KVQ_THREAD] = packed_sum;
+shared_more[KVQ_THREAD] = dense_sum;
+KVQ_BARRIER();
+// Back from the transform domain: the transform is its own inverse but for the signs.
+if (warp == 0) {
+  float x[KVQ_DV / 32];
+  KVQ_UNROLL
+  for (int i = 0; i < KVQ_DV / 32; i++) {
+    x[i] = 0.0f;
+    KVQ_UNROLL
+    for (int j = 0; j < KVQ_PARTS; j++) x[i] += shared_sums[j * KVQ_DV + 32 * i + lane];
+  }
+  kvq_hadamard<KVQ_DV / 32>(x, lane);
+  KVQ_UNROLL
+  for (int i = 0; i < KVQ_DV / 32; i++) shared_packed[32 * i + lane] = x[i] * value_signs[32 * i + lane];
+}
 KVQ_BARRIER();
 if (part == 0) {
+  float sum = shared_packed[channel] * packed_weight;
   KVQ_UNROLL
-  for (int i = 1; i < KVQ_THREADS / KVQ_DV; i++) sum += shared_sums[i * KVQ_DV + channel];
+  for (int j = 0; j < KVQ_PARTS; j++) sum += shared_more[j * KVQ_DV + channel];
   kvq_store(output, query_row * KVQ_DV + channel, sum / total);
 }
