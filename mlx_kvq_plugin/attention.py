@@ -21,7 +21,7 @@ import mlx.core as mx
 from .errors import AttentionError
 from .kernels.build import backend
 from .kernels.decode import decode_heads, why_not_decode
-from .kernels.dispatch import accepts_fused, fused_attention
+from .kernels.dispatch import accepts_fused, fused_attention, next_step
 
 if TYPE_CHECKING:
     from .batch import BatchKVQCache
@@ -67,9 +67,16 @@ class AttendArgs:
 
 
 def attend(args: AttendArgs) -> mx.array:
-    """Attention output `(B, Hq, L, Dv)` in the queries' dtype; then lets the cache pack what overflows."""
+    """Attention output `(B, Hq, L, Dv)` in the queries' dtype; then lets the cache pack what overflows.
+
+    A decode step like the one before goes straight to its kernels.
+    """
     if args.cache.rows:
         return attend_rows(args)
+    output = next_step(args) if args.cache.plans else None
+    if output is not None:
+        args.cache.settle()
+        return output
     if args.cache.probe is not None:
         return args.cache.probe(args)
     parts = args.cache.step_parts(args.queries.shape[2]) if args.mask is not None else []
@@ -155,9 +162,7 @@ def _heads_of(args: AttendArgs, first: int, count: int) -> AttendArgs:
     heads, mask, sinks = slice(first, first + count), args.mask, args.sinks
     if isinstance(mask, mx.array) and mask.ndim > 2 and mask.shape[-3] > 1:
         mask = mask[..., heads, :, :]
-    return replace(
-        args, queries=args.queries[:, heads], mask=mask, sinks=None if sinks is None else sinks[heads]
-    )
+    return replace(args, queries=args.queries[:, heads], mask=mask, sinks=None if sinks is None else sinks[heads])
 
 
 def _attention(args: AttendArgs, keys: mx.array, values: mx.array) -> mx.array:

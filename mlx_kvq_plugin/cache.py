@@ -17,7 +17,6 @@ import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, CacheList, _BaseCache, create_attention_mask
 
 from .cache_state import meta_of, pad_tokens, restore, state_of
-from .codecs import Codec
 from .config import LayerSpec
 from .errors import CacheStateError
 from .frame import MIN_TOKENS, SKIP_TOKENS, KeyFrame, fit_frame, query_energy
@@ -83,6 +82,11 @@ class KVQCache(_BaseCache):
             shared: later layers attend to the same tokens after this one: packing waits until they have.
         """
         self.spec = spec
+        self.key_codec, self.value_codec = spec.key_codec, spec.value_codec
+        self.exact = self.key_codec.exact and self.value_codec.exact  # decoding gives back the input bit for bit
+        self.uses_frame = spec.framed  # whether keys are encoded in the rotary frame
+        self._group = math.lcm(self.key_codec.group, self.value_codec.group)
+        self.block = math.lcm(BLOCK, self._group)  # tokens between two encodings during decoding
         self.rotary = rotary if rotary is not None else no_rotation()
         self.route = route
         self.shared = shared
@@ -110,35 +114,6 @@ class KVQCache(_BaseCache):
         self._step = True  # whether they came in a step, not in a prefill chunk
 
     # ---- facts -------------------------------------------------------------------------------------------------
-
-    @property
-    def key_codec(self) -> Codec:
-        """The codec of keys."""
-        return self.spec.key_codec
-
-    @property
-    def value_codec(self) -> Codec:
-        """The codec of values."""
-        return self.spec.value_codec
-
-    @property
-    def exact(self) -> bool:
-        """Whether decoding gives back the input bit for bit."""
-        return self.key_codec.exact and self.value_codec.exact
-
-    @property
-    def uses_frame(self) -> bool:
-        """Whether keys are encoded in the rotary frame."""
-        return self.spec.framed
-
-    @property
-    def block(self) -> int:
-        """Tokens between two encodings during decoding: `BLOCK`, or more for codecs that encode groups of tokens."""
-        return math.lcm(BLOCK, self._group)
-
-    @property
-    def _group(self) -> int:
-        return math.lcm(self.key_codec.group, self.value_codec.group)
 
     @property
     def held(self) -> int:
@@ -428,7 +403,7 @@ class KVQCache(_BaseCache):
             self._packed_start = 0
 
     def counts(self) -> tuple[int, ...]:
-        """For kernels: packed tokens, their first row and all rows of the planes, their position; sinks, dense, room."""
+        """For kernels: packed tokens, their first row, rows of the planes, position; sinks, dense tokens, room for them."""
         assert self.dense_keys is not None
         rows = next(iter(self.key_planes.values())).shape[2]
         sinks = min(self.spec.sinks, self._dense)

@@ -125,6 +125,9 @@ class Codec:
     def _build(cls, suffix: str, seed: int) -> Codec:
         return cls(seed=seed)
 
+    def __deepcopy__(self, memo: object) -> Codec:
+        return self
+
     @property
     def name(self) -> str:
         """The name that `get_codec` finds it by."""

@@ -1,14 +1,15 @@
 """Fused decode attention on packed codes: the kernels of attend.h and merge.h for one layer's call.
 
-`FusedPlan` holds what does not change from step to step: two compiled kernels, rotation signs, the tables of the rotary.
+`FusedPlan` holds what does not change from step to step: two compiled kernels, rotation signs, tables of the rotary.
 A call gives the kernels the cache's buffers whole, never slices, and its token counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from ..codecs import Codec
 from ..rotary import BLOCK, Rotary
 from ..rotation import signs
-from .build import Kernel, build, dtype_name, numbers
+from .build import CUDA, METAL, Kernel, backend, build, numbers
 from .codes import CodeLayout, code_layout, key_text, value_text, why_not_codes
 from .launch import Launch
 
@@ -65,8 +66,7 @@ class Call:
 
 def why_not_fused(cache: KVQCache, dim: int, value_dim: int) -> str:
     """Why the fused kernels cannot attend to a cache with these head sizes; empty if they can."""
-    reason = why_not_codes(cache.key_codec, dim) or why_not_codes(cache.value_codec, value_dim)
-    return reason
+    return why_not_codes(cache.key_codec, dim) or why_not_codes(cache.value_codec, value_dim)
 
 
 def _inner_turns(rotary: Rotary) -> npt.NDArray[np.float32]:
@@ -88,8 +88,8 @@ def _inner_turns(rotary: Rotary) -> npt.NDArray[np.float32]:
 class Tables:
     """Constants of a plan in one array, float32: signs of keys and values, then what turns by the rotary.
 
-    Offsets: `inner` holds cos, then sin, of places in a block; `inner_turns` the same as operands; `block_turns` cos and
-    sin in turn of the starts of blocks, which grow with the tokens, by doubling.
+    Offsets: `inner` holds cos, then sin, of places in a block; `inner_turns` the same as operands; `block_turns` cos
+    and sin in turn of the starts of blocks, which grow with the tokens, by doubling.
     """
 
     def __init__(self, key_signs: mx.array, value_signs: mx.array, rotary: Rotary | None):
@@ -185,7 +185,8 @@ class FusedPlan:
         self.dtype = {"float": mx.float32, "kvq_half": mx.float16, "kvq_bfloat": mx.bfloat16}[call.dtype]
         self.attend, self.merge = self._attend_kernel(on), self._merge_kernel(on)
         self._constant_sizes()
-        self._sizes: dict[tuple[tuple[int, ...], ...], _Sizes] = {}
+        self.traced = (on or backend()) in (CUDA, METAL)
+        self._sizes: dict[tuple[int, tuple[tuple[int, ...], ...]], _Sizes] = {}
 
     def __deepcopy__(self, memo: object) -> FusedPlan:
         return self
@@ -313,6 +314,7 @@ class FusedPlan:
         self._output_dtypes = [self.dtype]
         self.key_planes = (*self.key_layout.planes, "scale")
         self.value_planes = (*self.value_layout.planes, "scale")
+        self._row_inputs = len(self.key_planes) + len(self.value_planes) + (2 if self.rotary is not None else 0)
 
     @property
     def merge_threads(self) -> int:
@@ -341,35 +343,46 @@ class FusedPlan:
             mask: `(batches, heads, L or 1, T)`, contiguous, bool or float32, or `None`.
             sinks: logits `(Hq,)`.
         """
-        counts = tuple(cache.counts() for cache in caches)
-        sizes = self._sizes.get(counts)
+        counts = tuple([cache.counts() for cache in caches])
+        sizes = self._sizes.get((threading.get_ident(), counts))
         if sizes is None:
             if len(self._sizes) > 64:  # of steps long past
                 self._sizes.clear()
-            self._sizes[counts] = sizes = self._sizes_of(counts)
-        tables = self.tables.array(sizes.blocks)
-        attend_inputs, merge_inputs = [queries, tables], [queries, tables]
-        for cache, own in zip(caches, sizes.numbers, strict=True):
-            attend_inputs.append(own)
-            attend_inputs += [cache.key_planes[name] for name in self.key_planes]
-            attend_inputs += [cache.value_planes[name] for name in self.value_planes]
-            if cache.frame is not None:
-                attend_inputs += [cache.frame.mean, cache.frame.scale]
-            merge_inputs += [own, cache.dense_keys, cache.dense_values]
+            self._sizes[threading.get_ident(), counts] = sizes = self._sizes_of(counts)
+        arrays = [queries, self.tables.array(sizes.blocks)]
+        for own in caches:
+            arrays += [own.key_planes[name] for name in self.key_planes]
+            arrays += [own.value_planes[name] for name in self.value_planes]
+            if own.frame is not None:
+                arrays += [own.frame.mean, own.frame.scale]
+            assert own.dense_keys is not None and own.dense_values is not None
+            arrays += [own.dense_keys, own.dense_values]
         if mask is not None:
-            attend_inputs.append(mask)
-            merge_inputs.append(mask)
+            arrays.append(mask)
         if sinks is not None:
-            merge_inputs.append(sinks)
-        partial = self.attend(
-            inputs=attend_inputs,
+            arrays.append(sinks)
+        return sizes.run(*arrays)
+
+    def _run(self, sizes: _Sizes, arrays: Sequence[mx.array]) -> mx.array:
+        """Both kernels on the arrays of `__call__`."""
+        queries, tables = arrays[:2]
+        attend_inputs, merge_inputs = [queries, tables], [queries, tables]
+        position = 2
+        for own in sizes.numbers:
+            dense = position + self._row_inputs
+            attend_inputs += [own, *arrays[position:dense]]
+            merge_inputs += [own, *arrays[dense : dense + 2]]
+            position = dense + 2
+        rest = arrays[position:]
+        sums = self.attend(
+            inputs=attend_inputs + list(rest[:1] if self.call.mask else []),
             grid=sizes.grid,
             threadgroup=self._attend_group,
             output_shapes=sizes.partial_shapes,
             output_dtypes=_FLOAT32,
         )
         return self.merge(
-            inputs=[*partial, *merge_inputs],
+            inputs=[*sums, *merge_inputs, *rest],
             grid=self._merge_grid,
             threadgroup=self._merge_group,
             output_shapes=self._output_shapes,
@@ -386,15 +399,23 @@ class FusedPlan:
         # Of a thread: arrays that are not evaluated cannot cross threads, and evaluating here would wait for the GPU.
         own = tuple(numbers(*count, splits, columns) for count in counts)
         batch, query_rows = max(1, call.batch), call.heads * self.rows
-        return _Sizes(
+        sizes = _Sizes(
             numbers=own,
             blocks=max(tiles, first) if self.rotary is not None else 1,
             grid=(splits * 32 * self.launch.warps, call.heads * self.tiles, batch),
             partial_shapes=[(batch, query_rows, splits, call.value_dim), (batch, query_rows, splits, 2)],
         )
+        # All layers make the same two calls in a step: traced once, they are not put together again for each layer.
+        run = partial(_run_plan, self, sizes)
+        sizes.run = mx.compile(run) if self.traced else run
+        return sizes
 
 
-@dataclass(frozen=True)
+def _run_plan(plan: FusedPlan, sizes: _Sizes, *arrays: mx.array) -> mx.array:
+    return plan._run(sizes, arrays)
+
+
+@dataclass
 class _Sizes:
     """What the counts of tokens of one step decide, the same in all layers."""
 
@@ -402,6 +423,7 @@ class _Sizes:
     blocks: int
     grid: tuple[int, int, int]
     partial_shapes: list[tuple[int, ...]]
+    run: Callable[..., mx.array] = field(init=False)
 
 
 _FLOAT32 = [mx.float32, mx.float32]

@@ -4,8 +4,8 @@ A row of codes consists of fields (packing.py): runs of bytes in which byte j ho
 j + 2 W, ... in slots. The kernel of attention decodes two codes at a time. Bits of both are moved to the mantissas of
 two half precision numbers whose exponent is chosen so that one subtraction leaves the centred index
 `t = (2 i + 1) / 2^b - 1` exactly; the codebook, an odd polynomial, then takes two or three fused multiply-adds. The
-leading coefficient is left out and multiplied into queries and sums (`key_lead`, `value_lead`). Codes of one and two bits
-need no exponent: as subnormal numbers they give `sigma t`, with a sigma of each slot, after one multiply-add.
+leading coefficient is left out and multiplied into queries and sums (`key_lead`, `value_lead`). Codes of one and two
+bits need no exponent: as subnormal numbers they give `sigma t`, with a sigma of each slot, after one multiply-add.
 
 Which channels a lane decodes follows from what is cheap to load: keys `(token, channel)` in quarters of a row, values
 `(channel, token)` in eighths. Products sum over channels in any order, so queries are put into the same order.
@@ -153,10 +153,10 @@ def _slot_lead(layout: CodeLayout, slot: int) -> float:
 def _lead(side: str, layout: CodeLayout) -> str:
     """`<side>_lead(slot)`: `_slot_lead` as a function."""
     leads = [_slot_lead(layout, slot) for slot in range(layout.slots)]
-    text = f"{leads[-1]:.9g}f"
+    text = f"{leads[-1]:.9e}f"
     for slot, lead in enumerate(leads[:-1]):
         if lead != leads[-1]:
-            text = f"slot == {slot} ? {lead:.9g}f : {text}"
+            text = f"slot == {slot} ? {lead:.9e}f : {text}"
     return f"KVQ_FUNC float {side}_lead(int slot) {{ return {text}; }}\n"
 
 
@@ -195,7 +195,9 @@ def _levels(side: str, layout: CodeLayout, both_bytes: bool) -> str:
                 keep = _both(((1 << bits) - 1) << p)
                 if small:
                     up = 10 - bits - (slots // 2 - 1 - slot % (slots // 2)) * wide - p
-                    level = _small_level(layout, slot, f"({_moved(word, up)} & 0x{_both(((1 << bits) - 1) << p + up):08x}u)")
+                    level = _small_level(
+                        layout, slot, f"({_moved(word, up)} & 0x{_both(((1 << bits) - 1) << p + up):08x}u)"
+                    )
                 else:
                     exponent = 11 - bits - p
                     magic = _both((exponent + 15) << 10 | 1 << (p - 1))
@@ -210,9 +212,7 @@ def _levels(side: str, layout: CodeLayout, both_bytes: bool) -> str:
             f"{{ kvq_uint t = kvq_hadd2(x, centre); {_polynomial(bits)[0]} return y; }}\n"
         )
     parameters = ", ".join(f"kvq_uint {name}" for name in names)
-    return (
-        f"{level}KVQ_FUNC void {side}_levels({parameters}, kvq_uint zero, KVQ_PRIVATE kvq_uint* out) {{\n{body}}}\n"
-    )
+    return f"{level}KVQ_FUNC void {side}_levels({parameters}, kvq_uint zero, KVQ_PRIVATE kvq_uint* out) {{\n{body}}}\n"
 
 
 def _load(size: int, pointer: str, words: str) -> str:
@@ -273,7 +273,8 @@ def key_text(layout: CodeLayout) -> str:
     return (
         _loader("key", layout, 4)
         + _levels("key", layout, whole)
-        + f"KVQ_FUNC void key_pairs(KVQ_PRIVATE const kvq_uint* words, kvq_uint zero, KVQ_PRIVATE kvq_uint* out) {{\n{body}}}\n"
+        + "KVQ_FUNC void key_pairs(KVQ_PRIVATE const kvq_uint* words, kvq_uint zero, "
+        + f"KVQ_PRIVATE kvq_uint* out) {{\n{body}}}\n"
         + "KVQ_FUNC int key_channel(int quarter, int pair, int second) {\n"
         + f"  return pair % {slots} * {layout.run} + quarter * {chunk} + {byte};\n}}\n"
         + _lead("key", layout)

@@ -99,34 +99,38 @@ def prepared_call(
         mask_dtype=mask_dtype,
         sinks="" if args.sinks is None else dtype_name(args.sinks.dtype),
     )
-    for cache in caches:
-        cache.reserve_tiles()
+    for own in caches:
+        own.reserve_tiles()
     rotary = first.rotary if first.frame is not None else None
     return caches, call, own_mask, (first.key_codec, first.value_codec, rotary)
 
 
-def fused_attention(
-    caches: Sequence[KVQCache], rows: int, args: AttendArgs, mask: mx.array | str | None
-) -> mx.array:
+def next_step(args: AttendArgs) -> mx.array | None:
+    """The fused attention of one new token without a mask, if the cache has done such a step before; else `None`."""
+    cache, queries = args.cache, args.queries
+    if queries.shape[2] != 1 or cache._packed == 0 or isinstance(args.mask, mx.array) or cache.probe is not None:
+        return None
+    plan = cache.plans.get((queries.shape, queries.dtype, 0, args.scale, args.softcap, None, args.sinks is None))
+    if plan is None:
+        return None
+    cache.reserve_tiles()
+    return plan((cache,), mx.contiguous(queries), None, args.sinks)
+
+
+def fused_attention(caches: Sequence[KVQCache], rows: int, args: AttendArgs, mask: mx.array | str | None) -> mx.array:
     """Attention of the fused kernels; `accepts_fused` has said that they take the call.
 
     Args:
         caches: the one cache of `args`, or the caches of a batch's rows.
         rows: their number in a batch, 0 for a single cache.
     """
-    queries, plans = args.queries, caches[0].plans
-    sinks = args.sinks
-    if mask is None or isinstance(mask, str):
-        key = (queries.shape, queries.dtype, rows, args.scale, args.softcap, mask, sinks is None)
-        plan = plans.get(key)
-        if plan is not None:
-            for cache in caches:
-                cache.reserve_tiles()
-            return plan(caches, queries, None, sinks)
+    queries, sinks = args.queries, args.sinks
+    if queries.shape[2] == 1 and isinstance(mask, str):
+        mask = None  # causal, which one new token is anyway
     caches, call, own_mask, codecs = prepared_call(caches, rows, args, mask)
     plan = _plan(call, *codecs, backend())
     if own_mask is None:
-        plans[key] = plan
+        caches[0].plans[queries.shape, queries.dtype, rows, args.scale, args.softcap, mask, sinks is None] = plan
     return plan(caches, mx.contiguous(queries), own_mask, sinks)
 
 
