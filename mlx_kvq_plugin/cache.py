@@ -403,7 +403,7 @@ class KVQCache(_BaseCache):
             self._packed_start = 0
 
     def counts(self) -> tuple[int, ...]:
-        """For kernels: packed tokens, their first row, rows of the planes, position; sinks, dense tokens, room for them."""
+        """For kernels: packed tokens, first row and rows of the planes, position; sinks, dense tokens, dense rows."""
         assert self.dense_keys is not None
         rows = next(iter(self.key_planes.values())).shape[2]
         sinks = min(self.spec.sinks, self._dense)

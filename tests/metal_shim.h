@@ -35,6 +35,9 @@ static inline T as_type(S x) {
 struct alignas(8) uint2 {
   uint x, y;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct uint3 {
   uint x, y, z;
   uint3(int a, int b, int c) : x((uint)a), y((uint)b), z((uint)c) {}

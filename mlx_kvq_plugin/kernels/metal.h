@@ -77,8 +77,8 @@ KVQ_FUNC kvq_uint kvq_load1(const device kvq_byte* p) { return *p; }
 KVQ_FUNC kvq_uint kvq_load2(const device kvq_byte* p) { return *(const device ushort*)p; }
 KVQ_FUNC kvq_uint kvq_load4(const device kvq_byte* p) { return *(const device kvq_uint*)p; }
 KVQ_FUNC void kvq_load_floats(const device float* p, thread float& x, thread float& y) {
-  const float2 pair = *(const device float2*)p;
-  x = pair.x, y = pair.y;
+  const float2 both = *(const device float2*)p;
+  x = both.x, y = both.y;
 }
 KVQ_FUNC void kvq_load8(const device kvq_byte* p, KVQ_PRIVATE kvq_uint* w) {
   const uint2 x = *(const device uint2*)p;
