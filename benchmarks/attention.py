@@ -21,11 +21,10 @@ import mlx.core as mx
 from common import machine, print_table, store
 
 import mlx_kvq_plugin as kvq
-from mlx_kvq_plugin.attention import AttendArgs
+from mlx_kvq_plugin.attention import AttendArgs, attend
 from mlx_kvq_plugin.cache import KVQCache, tile_rows
 from mlx_kvq_plugin.codecs import Codec
 from mlx_kvq_plugin.frame import KeyFrame
-from mlx_kvq_plugin.kernels.dispatch import fused_attention
 from mlx_kvq_plugin.rotary import Rotary
 
 BEYOND_CACHE = 256 * 2**20  # bytes that a chain goes through before it comes back to the first
@@ -138,7 +137,7 @@ def main() -> None:
 
             def fused(i: int, q: mx.array, layers: Any = layers) -> mx.array:
                 c = layers[i % len(layers)]
-                return fused_attention([c], 0, arguments_of(c, q), None)
+                return attend(arguments_of(c, q))
 
             steps[scheme] = fused
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}

@@ -21,7 +21,7 @@ import mlx.core as mx
 from .errors import AttentionError
 from .kernels.build import backend
 from .kernels.decode import decode_heads, why_not_decode
-from .kernels.dispatch import accepts_fused, fused_attention, next_step
+from .kernels.dispatch import accepts_fused, accepts_rows, fused_attention, fused_rows, next_step
 
 if TYPE_CHECKING:
     from .batch import BatchKVQCache
@@ -98,8 +98,14 @@ def attend(args: AttendArgs) -> mx.array:
 def attend_rows(args: AttendArgs) -> mx.array:
     """A batch of sequences: each row as if it were alone, so that it computes the same; padding gives zeros."""
     batch = cast("BatchKVQCache", args.cache)
+    calls = batch.row_calls(args.mask)
+    if accepts_rows(calls, args):
+        together = fused_rows([row for row, *_ in calls], args)
+        for row, *_ in calls:
+            row.settle()
+        return together
     rows = []
-    for i, (row, start, stop, mask) in enumerate(batch.row_calls(args.mask)):
+    for i, (row, start, stop, mask) in enumerate(calls):
         new = args.queries.shape[2]
         queries = args.queries[i : i + 1, :, start:stop]
         output = attend(replace(args, queries=queries, cache=row, mask=mask)) if stop > start else None

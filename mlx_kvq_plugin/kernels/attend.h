@@ -20,11 +20,22 @@ KVQ_SHARED_ARRAY(float, shared_peak, KVQ_WARPS * KVQ_COLUMNS);
 KVQ_SHARED_ARRAY(float, shared_total, KVQ_WARPS * KVQ_COLUMNS);
 KVQ_SHARED_ARRAY(float, shared_size, KVQ_WARPS);
 #if KVQ_FRAME
+#if KVQ_SHARED_TURNS
+KVQ_SHARED_ARRAY(kvq_uint, shared_turns, KVQ_PAIR_STEPS * 4 * 32 * 4);
+#endif
 KVQ_SHARED_ARRAY(float, shared_mean, KVQ_COLUMNS * KVQ_MEAN_STRIDE);
 KVQ_SHARED_ARRAY(float, shared_mean_factor, KVQ_COLUMNS);
 KVQ_SHARED_ARRAY(float, shared_constant, KVQ_COLUMNS);
 #endif
 
+#if KVQ_SHARED_TURNS
+for (int i = KVQ_THREAD; i < KVQ_PAIR_STEPS * 4 * 32; i += 32 * KVQ_WARPS) {
+  kvq_uint turn[4];
+  kvq_load16(inner_turns + 16 * i, turn);
+  KVQ_UNROLL
+  for (int j = 0; j < 4; j++) shared_turns[4 * i + j] = turn[j];
+}
+#endif
 // Queries in the transform domain, each divided by its largest entry, which half precision then cannot overflow.
 for (int n = warp; n < KVQ_COLUMNS; n += KVQ_WARPS) {
   if (first_row + n >= KVQ_ROWS) {  // columns without a query
@@ -131,7 +142,9 @@ for (int nt = 0; nt < KVQ_NT; nt++) {
 }
 
 const int last_tile = (packed - 1) / 64, stride = splits * KVQ_WARPS;
-const kvq_uint zero = splits < 0 ? 0x80008000u : 0u;
+kvq_uint key_mask[KVQ_KEY_MASKS], value_mask[KVQ_VALUE_MASKS];
+key_masks(key_mask);
+value_masks(value_mask);
 const int first_tile = KVQ_GROUP_X * KVQ_WARPS + warp;
 KVQ_DEVICE const kvq_byte* key_field[KVQ_KEY_FIELDS];
 KVQ_DEVICE const kvq_byte* value_field[KVQ_VALUE_FIELDS];
@@ -192,8 +205,8 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
     key_load(key_field, col, 16 * sub, key_words[sub][0]);
     key_load(key_field, col, 16 * sub + 8, key_words[sub][1]);
 #endif
-    key_pairs(key_words[sub][0], zero, near_pairs);
-    key_pairs(key_words[sub][1], zero, far_pairs);
+    key_pairs(key_words[sub][0], key_mask, near_pairs);
+    key_pairs(key_words[sub][1], key_mask, far_pairs);
 #if KVQ_AHEAD
     KVQ_UNROLL
     for (int i = 0; i < 4; i++) value_load(value_field, row, 16 * sub + i / 2 * 8 + i % 2, value_words[sub][i]);
@@ -209,8 +222,13 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
       float means[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       KVQ_UNROLL
       for (int step = 0; step < KVQ_PAIR_STEPS; step++) {
+        const int at = ((sub * KVQ_PAIR_STEPS + step) * 32 + row * 4 + col) * 4;
+#if KVQ_SHARED_TURNS
+        const kvq_uint turn[4] = {shared_turns[at], shared_turns[at + 1], shared_turns[at + 2], shared_turns[at + 3]};
+#else
         kvq_uint turn[4];
-        kvq_load16(inner_turns + ((sub * KVQ_PAIR_STEPS + step) * 32 + row * 4 + col) * 16, turn);
+        kvq_load16(inner_turns + 4 * at, turn);
+#endif
         kvq_mma(means, turn[0], turn[1], turn[2], turn[3], mean[nt][step][0], mean[nt][step][1]);
       }
 #endif
@@ -299,8 +317,8 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
     KVQ_UNROLL
     for (int i = 0; i < 4; i++) value_load(value_field, row, 16 * sub + i / 2 * 8 + i % 2, value_words[sub][i]);
 #endif
-    value_pairs(value_words[sub][0], value_words[sub][1], zero, near_pairs);
-    value_pairs(value_words[sub][2], value_words[sub][3], zero, far_pairs);
+    value_pairs(value_words[sub][0], value_words[sub][1], value_mask, near_pairs);
+    value_pairs(value_words[sub][2], value_words[sub][3], value_mask, far_pairs);
 #if KVQ_AHEAD
     key_load(key_field, col, 16 * sub, key_words[sub][0]);
     key_load(key_field, col, 16 * sub + 8, key_words[sub][1]);

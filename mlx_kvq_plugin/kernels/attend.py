@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MAX_QUERIES = 8  # new tokens of a step: a longer one is a prefill chunk
 MAX_REPEAT = 16  # query heads of a KV head
-SUMS_NBYTES = 20 * 1024  # of shared memory for the warps' sums
+SUMS_NBYTES = 9 * 1024  # of shared memory for the warps' sums
 MAX_ROWS = 64  # query rows of a KV head
 MERGE_AHEAD = 8  # splits, and dense tokens, that a thread of the second kernel loads before it waits
 DENSE_CHUNK = 128  # dense tokens whose scores are in shared memory at a time
@@ -220,6 +220,7 @@ class FusedPlan:
             "KVQ_FRAME": self.rotary is not None,
             "KVQ_PAIRS": pairs,
             "KVQ_PAIR_STEPS": -(-pairs // 8),
+            "KVQ_SHARED_TURNS": 0 < pairs <= 64 and self.columns * max(call.key_dim, call.value_dim) <= 1024,
             "KVQ_MEAN_STRIDE": 16 * -(-pairs // 8) + 8,
             "KVQ_HALF_LAYOUT": self.rotary is None or self.rotary.layout == "half",
             "KVQ_MAGNITUDE": f"{self.rotary.magnitude if self.rotary is not None else 1.0!r}f",

@@ -161,10 +161,10 @@ def _lead(side: str, layout: CodeLayout) -> str:
 
 
 def _levels(side: str, layout: CodeLayout, both_bytes: bool) -> str:
-    """`<side>_levels(words of the fields, zero, out)`: pairs of levels of all slots of the bytes in two half words.
+    """`<side>_levels(words of the fields, masks, out)`: pairs of levels of all slots of the bytes in two half words.
 
-    The pairs of the low bytes come first, then, with `both_bytes`, those of the high bytes. `zero` is 0, in a way that
-    compilers cannot know: it keeps masks in registers, where every use would take a move otherwise.
+    The pairs of the low bytes come first, then, with `both_bytes`, those of the high bytes. `<side>_masks(masks)` fills
+    the masks, once: an instruction takes one constant, so masks that are registers save a move at every use.
     """
     bits, wide, slots = layout.bits, layout.wide, layout.slots
     small = _small(bits)
@@ -172,6 +172,7 @@ def _levels(side: str, layout: CodeLayout, both_bytes: bool) -> str:
     stride = -(-bits // wide)  # slots this far apart do not overlap when all bits of a code stand together
     names = [f"w{i}" for i in range(len(layout.fields))]
     body, out = "", 0
+    masks: dict[int, int] = {}
     for high_byte in range(2 if both_bytes else 1):
         for half in range(halves):
             base = 1 - 8 * high_byte - (4 * half if halves == 2 else 0)
@@ -202,7 +203,8 @@ def _levels(side: str, layout: CodeLayout, both_bytes: bool) -> str:
                     exponent = 11 - bits - p
                     magic = _both((exponent + 15) << 10 | 1 << (p - 1))
                     centre = _half(-(2.0**exponent + 1.0))
-                    level = f"{side}_level(({word} & (0x{keep:08x}u | zero)) | 0x{magic:08x}u, {centre})"
+                    mask = masks.setdefault(keep, len(masks))
+                    level = f"{side}_level(({word} & masks[{mask}]) | 0x{magic:08x}u, {centre})"
                 body += f"  out[{out}] = {level};\n"
                 out += 1
     level = ""
@@ -212,7 +214,13 @@ def _levels(side: str, layout: CodeLayout, both_bytes: bool) -> str:
             f"{{ kvq_uint t = kvq_hadd2(x, centre); {_polynomial(bits)[0]} return y; }}\n"
         )
     parameters = ", ".join(f"kvq_uint {name}" for name in names)
-    return f"{level}KVQ_FUNC void {side}_levels({parameters}, kvq_uint zero, KVQ_PRIVATE kvq_uint* out) {{\n{body}}}\n"
+    filled = "".join(f"  masks[{i}] = kvq_opaque(0x{mask:08x}u);\n" for mask, i in masks.items())
+    return (
+        f"{level}#define KVQ_{side.upper()}_MASKS {max(1, len(masks))}\n"
+        f"KVQ_FUNC void {side}_masks(KVQ_PRIVATE kvq_uint* masks) {{\n  masks[0] = 0u;\n{filled}}}\n"
+        f"KVQ_FUNC void {side}_levels({parameters}, KVQ_PRIVATE const kvq_uint* masks, KVQ_PRIVATE kvq_uint* out) "
+        f"{{\n{body}}}\n"
+    )
 
 
 def _load(size: int, pointer: str, words: str) -> str:
@@ -255,7 +263,7 @@ def key_text(layout: CodeLayout) -> str:
     """Functions and constants of a key codec.
 
     * `key_fields(planes..., row, quarter, fields)`, `key_load(fields, quarter, offset, words)`
-    * `key_pairs(words, zero, out)`: `dim / 8` pairs of levels
+    * `key_pairs(words, masks, out)`: `dim / 8` pairs of levels
     * `key_channel(quarter, pair, second)`: the channel that they belong to
     """
     chunk = layout.run // 4
@@ -268,12 +276,12 @@ def key_text(layout: CodeLayout) -> str:
         given = [f"words[{i * words + word}]" for i in range(count)]
         if not whole:  # two bytes, one for each half word
             given = [f"(({w} & 0xffu) | ({w} & 0xff00u) << 8)" for w in given]
-        body += f"  key_levels({', '.join(given)}, zero, out + {word * per_word});\n"
+        body += f"  key_levels({', '.join(given)}, masks, out + {word * per_word});\n"
     byte = f"pair / {per_word} * 4 + pair % {per_word} / {slots} + 2 * second" if whole else "second"
     return (
         _loader("key", layout, 4)
         + _levels("key", layout, whole)
-        + "KVQ_FUNC void key_pairs(KVQ_PRIVATE const kvq_uint* words, kvq_uint zero, "
+        + "KVQ_FUNC void key_pairs(KVQ_PRIVATE const kvq_uint* words, KVQ_PRIVATE const kvq_uint* masks, "
         + f"KVQ_PRIVATE kvq_uint* out) {{\n{body}}}\n"
         + "KVQ_FUNC int key_channel(int quarter, int pair, int second) {\n"
         + f"  return pair % {slots} * {layout.run} + quarter * {chunk} + {byte};\n}}\n"
@@ -286,7 +294,7 @@ def value_text(layout: CodeLayout) -> str:
     """Functions and constants of a value codec.
 
     * `value_fields(planes..., row, eighth, fields)`, `value_load(fields, eighth, offset, words)`
-    * `value_pairs(words, next, zero, out)`: `dim / 8` pairs, of the words of two tokens
+    * `value_pairs(words, next, masks, out)`: `dim / 8` pairs, of the words of two tokens
     * `value_channel(eighth, pair)`
     """
     chunk = layout.run // 8
@@ -298,13 +306,13 @@ def value_text(layout: CodeLayout) -> str:
     for half in range(max(1, chunk // 2)):
         take = "kvq_high_halves" if half % 2 else "kvq_low_halves"
         given = [f"{take}(words[{i * words + half // 2}], next[{i * words + half // 2}])" for i in range(count)]
-        body += f"  value_levels({', '.join(given)}, zero, out + {half * per_half});\n"
+        body += f"  value_levels({', '.join(given)}, masks, out + {half * per_half});\n"
     byte = f"pair / {per_half} * 2 + pair % {per_half} / {slots}" if both else "0"
     return (
         _loader("value", layout, 8)
         + _levels("value", layout, both)
         + "KVQ_FUNC void value_pairs(KVQ_PRIVATE const kvq_uint* words, KVQ_PRIVATE const kvq_uint* next, "
-        + f"kvq_uint zero, KVQ_PRIVATE kvq_uint* out) {{\n{body}}}\n"
+        + f"KVQ_PRIVATE const kvq_uint* masks, KVQ_PRIVATE kvq_uint* out) {{\n{body}}}\n"
         + "KVQ_FUNC int value_channel(int eighth, int pair) {\n"
         + f"  return pair % {slots} * {layout.run} + eighth * {chunk} + {byte};\n}}\n"
         + _lead("value", layout)

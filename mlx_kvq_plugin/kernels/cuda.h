@@ -50,6 +50,8 @@ KVQ_FUNC float kvq_fma(float x, float y, float z) { return fmaf(x, y, z); }
 
 KVQ_FUNC float kvq_shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 KVQ_FUNC float kvq_shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+// x, in a way that compilers cannot see through, so that it stays in a register: groups have one dimension.
+KVQ_FUNC kvq_uint kvq_opaque(kvq_uint x) { return x + threadIdx.y; }
 KVQ_FUNC kvq_uint kvq_shuffle_xor_uint(kvq_uint x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 KVQ_FUNC kvq_uint kvq_shuffle_uint(kvq_uint x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 KVQ_FUNC bool kvq_any(bool x) { return __any_sync(0xffffffffu, x) != 0; }

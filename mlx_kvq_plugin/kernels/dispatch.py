@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from .attend import MAX_QUERIES, MAX_REPEAT, MAX_ROWS, Call, FusedPlan, why_not_fused
-from .build import backend, dtype_name
+from .build import CUDA, backend, dtype_name
 from .launch import device_name, launch_sizes
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from ..cache import KVQCache
     from ..codecs import Codec
     from ..rotary import Rotary
+
+ROWS_OF_LAUNCH = 16  # rows of a batch that one launch serves: each brings arrays of its own
 
 log = logging.getLogger("mlx_kvq_plugin")
 
@@ -103,6 +106,41 @@ def prepared_call(
         own.reserve_tiles()
     rotary = first.rotary if first.frame is not None else None
     return caches, call, own_mask, (first.key_codec, first.value_codec, rotary)
+
+
+def accepts_rows(calls: Sequence[tuple[KVQCache, int, int, mx.array | str | None]], args: AttendArgs) -> bool:
+    """Whether one launch serves all rows of a batch: one new token each, no masks, packed tokens in every row.
+
+    Args:
+        calls: of `BatchKVQCache.row_calls`.
+    """
+    if args.queries.shape[2] != 1 or backend() != CUDA:  # Metal has 31 buffers for a kernel: row by row there
+        return False
+    for row, start, stop, mask in calls:
+        if stop - start != 1 or isinstance(mask, mx.array) or row.packed_tokens == 0 or row.probe is not None:
+            return False
+    rows = [row for row, *_ in calls]
+    first = rows[0]
+    if any(type(row) is not type(first) or row.spec != first.spec for row in rows):
+        return False
+    return bool(first.plans) or accepts_fused(replace(args, cache=first, mask=None))
+
+
+def fused_rows(rows: Sequence[KVQCache], args: AttendArgs) -> mx.array:
+    """Attention of one new token in each row of a batch, `ROWS_OF_LAUNCH` rows a launch; `accepts_rows` has agreed."""
+    outputs = []
+    for start in range(0, len(rows), ROWS_OF_LAUNCH):
+        some = rows[start : start + ROWS_OF_LAUNCH]
+        queries = args.queries if len(some) == len(rows) else args.queries[start : start + len(some)]
+        key = (queries.shape, queries.dtype, len(some), args.scale, args.softcap, None, args.sinks is None)
+        plan = some[0].plans.get(key)
+        if plan is None:
+            outputs.append(fused_attention(some, len(some), replace(args, queries=queries), None))
+            continue
+        for row in some:
+            row.reserve_tiles()
+        outputs.append(plan(some, mx.contiguous(queries), None, args.sinks))
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=0)
 
 
 def next_step(args: AttendArgs) -> mx.array | None:
