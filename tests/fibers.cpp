@@ -63,14 +63,13 @@ std::vector<void*> pointers;
 std::vector<const int*> shapes;
 std::vector<Shared> shared;
 long shared_bytes;
-int inputs, current = -1, threads, group[3];
+int inputs, current = -1, threads, group[3], order;
 void* scheduler_stack_pointer;
 void* scheduler_fake_stack;
 const void* scheduler_stack;
 size_t scheduler_stack_bytes;
 uint64_t random_state;
-const char* order_names[] = {"forward", "reverse", "shuffled"};
-int order;
+const char* const order_names[] = {"forward", "reverse", "shuffled"};
 
 int random_below(int n) {
   random_state = random_state * 6364136223846793005ull + 1442695040888963407ull;

@@ -4,16 +4,14 @@
 // thread writes to an output no other may touch.
 #pragma once
 
-#include <stddef.h>
 #include <stdint.h>
 
-#include <utility>
 #include <vector>
 
 namespace races {
 
 struct Access {
-  int thread = -1;  // the last one
+  int thread = -1, other = -1;  // the last one, and the last that was another
   int group_turn = -1, warp_turn = -1;
   bool others = false;        // threads of the same warp since its last barrier
   bool other_warps = false;   // since the last barrier of the group
@@ -35,22 +33,14 @@ struct Region {
 inline std::vector<Region> regions;
 inline int group_number, group_turn, warp_turn[32];
 
+// A shared array is the same memory in every group, which the turn of a new group tells from an earlier one.
 inline void watch(const void* begin, long bytes, const char* name, bool shared) {
+  for (const Region& region : regions)
+    if (region.begin == begin) return;
   regions.push_back({(const char*)begin, (const char*)begin + bytes, name, shared, std::vector<Cell>(bytes)});
 }
-inline void begin_group() {
-  group_number++, group_turn++;
-  size_t kept = 0;
-  for (size_t i = 0; i < regions.size(); i++)
-    if (!regions[i].shared) {
-      if (kept != i) regions[kept] = std::move(regions[i]);
-      kept++;
-    }
-  regions.resize(kept);
-}
-inline void begin_run() {
-  regions.clear();
-}
+inline void begin_group() { group_number++, group_turn++; }
+inline void begin_run() { regions.clear(); }
 inline void group_barrier() { group_turn++; }
 inline void warp_barrier(int warp) { warp_turn[warp]++; }
 
@@ -58,9 +48,10 @@ inline void warp_barrier(int warp) { warp_turn[warp]++; }
 inline int unordered(const Access& before, int thread) {
   if (before.thread < 0 || before.group_turn != group_turn) return -1;
   const int warp = thread / 32;
-  if (before.other_warps || before.thread / 32 != warp) return before.thread;
+  const int other = before.thread != thread ? before.thread : before.other;
+  if (before.other_warps || before.thread / 32 != warp) return other;
   if (before.warp_turn != warp_turn[warp]) return -1;
-  return before.others || before.thread != thread ? before.thread : -1;
+  return before.others || before.thread != thread ? other : -1;
 }
 inline void note(Access& access, int thread) {
   const int warp = thread / 32;
@@ -68,6 +59,7 @@ inline void note(Access& access, int thread) {
   const bool same_warp_turn = same_group_turn && access.thread / 32 == warp && access.warp_turn == warp_turn[warp];
   access.other_warps = same_group_turn && (access.other_warps || access.thread / 32 != warp);
   access.others = same_warp_turn && (access.others || access.thread != thread);
+  if (access.thread != thread) access.other = access.thread;
   access.thread = thread, access.group_turn = group_turn, access.warp_turn = warp_turn[warp];
 }
 

@@ -151,6 +151,11 @@ RACES = {
         "KVQ_WARP_BARRIER(); if (KVQ_THREAD == 40) s[0] = x[1];",
         "and 40 to byte 0 of shared array 's'",
     ),
+    "the last reader writes": (
+        "KVQ_SHARED_ARRAY(float, s, 64); s[KVQ_THREAD] = x[0]; KVQ_BARRIER(); y[KVQ_THREAD] = s[32 * KVQ_WARP];\n"
+        "if (KVQ_LANE == 31) s[32 * KVQ_WARP] = x[1];",
+        "a barrier must stand between accesses of threads 30 and 31 to byte 0",
+    ),
     "output of another": (
         "y[KVQ_THREAD] = x[0]; KVQ_BARRIER(); if (KVQ_THREAD == 0) y[63] = y[1];",
         "of output array 'y' must be touched by one thread only, got thread 1 of this group and thread 0",

@@ -68,6 +68,7 @@ WORDS = {
     "kvq_low_halves(x, y)": lambda x, y, z: (x & 0xFFFF) | (y << 16),
     "kvq_high_halves(x, y)": lambda x, y, z: (x >> 16) | (y & 0xFFFF0000),
     "kvq_select(x, y, z)": lambda x, y, z: (x & y) | (~x & z),
+    "kvq_opaque(x)": lambda x, y, z: x,
     "kvq_shuffle_xor_uint(x, 5)": lambda x, y, z: x.reshape(-1, 32)[:, np.arange(32) ^ 5].reshape(-1),
     "kvq_shuffle_uint(x, 31 - KVQ_LANE)": lambda x, y, z: x.reshape(-1, 32)[:, ::-1].reshape(-1),
     "kvq_ballot((x & 1u) != 0u)": lambda x, y, z: np.repeat((x.reshape(-1, 32) & 1) @ (1 << np.arange(32)), 32),
@@ -77,6 +78,10 @@ WORDS = {
         x.reshape(-1, 32) & 255, 16, axis=1
     ).reshape(-1),
 }
+
+
+CUDA = metal_check.names_defined(resources.files("mlx_kvq_plugin.kernels").joinpath("cuda.h").read_text())
+WORDS = {text: function for text, function in WORDS.items() if set(re.findall(r"kvq_\w+", text)) <= CUDA.keys()}
 
 
 @pytest.mark.parametrize("on", PRELUDES)
@@ -117,6 +122,16 @@ def test_dtypes_are_rounded_to_nearest_even(on: str) -> None:
     wanted = [brain, brain, short, brain.astype(mx.float32), brain.astype(mx.float32), short.astype(mx.float32)]
     for name, one, want in zip(kinds, got, wanted, strict=True):
         assert mx.array_equal(one, want), name
+
+
+@pytest.mark.parametrize("on", PRELUDES)
+def test_loads_of_pairs(on: str) -> None:
+    x = mx.arange(64).astype(mx.float32)
+    body = "float a, b; kvq_load_floats(x + 2 * KVQ_LANE, a, b); o[2 * KVQ_LANE] = b; o[2 * KVQ_LANE + 1] = a;"
+    (got,) = run_body(body, {"x": x}, {"o": ((32, 2), mx.float32)}, on)
+    np.testing.assert_array_equal(np.array(got), np.arange(64).reshape(32, 2)[:, ::-1])
+    with pytest.raises(kernel_cpu.KernelRunError, match="align"):
+        run_body(body.replace("x + ", "x + 1 + "), {"x": mx.zeros((66,))}, {"o": ((32, 2), mx.float32)}, on)
 
 
 @pytest.mark.parametrize("on", PRELUDES)
@@ -191,10 +206,7 @@ def test_a_body_that_leaves_the_transposition_out_is_wrong_in_one_layout(on: str
 
 
 def test_every_function_of_the_preludes_is_tested_here() -> None:
-    text = resources.files("mlx_kvq_plugin.kernels").joinpath("cuda.h").read_text()
     private = {"kvq_as_uint", "kvq_as_half2"}
-    functions = {
-        name for name, counts in metal_check.names_defined(text).items() if name.startswith("kvq_") and -1 not in counts
-    }
+    functions = {name for name, counts in CUDA.items() if name.startswith("kvq_") and -1 not in counts}
     here = Path(__file__).read_text()
     assert {name for name in functions - private if not re.search(rf"\b{name}\(", here)} == set()
