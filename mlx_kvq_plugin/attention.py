@@ -21,7 +21,7 @@ import mlx.core as mx
 from .errors import AttentionError
 from .kernels.build import backend
 from .kernels.decode import decode_heads, why_not_decode
-from .kernels.dispatch import accepts_fused, accepts_rows, fused_attention, fused_rows, next_step
+from .kernels.dispatch import accepts_fused, accepts_rows, fused_attention, fused_rows, next_step, pending_rows
 
 if TYPE_CHECKING:
     from .batch import BatchKVQCache
@@ -71,7 +71,7 @@ def attend(args: AttendArgs) -> mx.array:
 
     A decode step like the one before goes straight to its kernels.
     """
-    if args.cache.rows:
+    if args.cache.batched:
         return attend_rows(args)
     output = next_step(args) if args.cache.plans else None
     if output is not None:
@@ -98,6 +98,8 @@ def attend(args: AttendArgs) -> mx.array:
 def attend_rows(args: AttendArgs) -> mx.array:
     """A batch of sequences: each row as if it were alone, so that it computes the same; padding gives zeros."""
     batch = cast("BatchKVQCache", args.cache)
+    if batch.pending and batch.says_causal(args.mask):
+        return pending_rows(batch, args)
     calls = batch.row_calls(args.mask)
     if accepts_rows(calls, args):
         together = fused_rows([row for row, *_ in calls], args)

@@ -13,19 +13,22 @@ import copy
 import json
 import weakref
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_cache
 
-from .cache import KVQCache
+from .cache import BLOCK, KVQCache
 from .config import LayerSpec
 from .errors import CacheStateError
 from .handle import KVHandle
+from .kernels.dispatch import why_not_pending
 
 # Masks as made here that say no more than "causal" about the tokens of each row. A model that changes one makes another
 # array; for one that does not, rows need no masks of their own.
 _PLAIN: weakref.WeakValueDictionary[int, mx.array] = weakref.WeakValueDictionary()
+
+PENDING = BLOCK  # tokens of a row that wait in the array of all rows, at most
 
 Ledger = Any  # mlx_cache.BatchKVCache or mlx_cache.BatchRotatingKVCache; mlx-lm has no types
 
@@ -36,7 +39,13 @@ def _blank(rows: int, tokens: int) -> mx.array:
 
 
 class BatchKVQCache(mlx_cache._BaseCache):
-    """One layer of a batch; mlx-lm's batch-cache protocol. The rows are caches of one sequence each."""
+    """One layer of a batch; mlx-lm's batch-cache protocol. The rows are caches of one sequence each.
+
+    On a GPU that decodes all rows in one launch, new tokens of a few steps wait in one array of all rows (`pending`):
+    appending to every row at every step would cost more than attention. Whoever looks at `rows` finds them up to date.
+    """
+
+    batched: ClassVar[bool] = True
 
     def __init__(self, rows: Sequence[KVQCache], ledger: Ledger):
         """
@@ -44,7 +53,8 @@ class BatchKVQCache(mlx_cache._BaseCache):
             rows: one cache a sequence, owned from now on.
             ledger: mlx-lm's batch cache of the layer's kind over the same tokens, with head size 0.
         """
-        self.rows, self.ledger = list(rows), ledger
+        self.own_rows, self.ledger = list(rows), ledger  # rows may lag behind by the pending tokens
+        self._forget_pending()
         self._clear_padding()
         self._spans = [(0, 0)] * len(self.rows)  # of the newest call, the tokens of each row that are not padding
         self._columns = 0  # of the newest mask
@@ -77,6 +87,52 @@ class BatchKVQCache(mlx_cache._BaseCache):
                 ledger._offset = longest
         return BatchKVQCache([_settled(cache) for cache in caches], ledger)
 
+    @property
+    def rows(self) -> list[KVQCache]:
+        """The rows, with all their tokens."""
+        if self.pending:
+            self._append_pending()
+        return self.own_rows
+
+    @rows.setter
+    def rows(self, rows: list[KVQCache]) -> None:
+        self.own_rows = rows
+
+    def _forget_pending(self) -> None:
+        self.pending = 0
+        self._pending_keys: mx.array | None = None
+        self._pending_values: mx.array | None = None
+
+    def _append_pending(self) -> None:
+        """Give every row its pending tokens; they pack as after single steps."""
+        count, keys, values = self.pending_tokens()
+        self.pending = 0
+        for i, row in enumerate(self.own_rows):
+            row.update_and_fetch(keys[i : i + 1, :, :count], values[i : i + 1, :, :count])
+            row.compact()
+
+    def pending_tokens(self) -> tuple[int, mx.array, mx.array]:
+        """How many tokens of each row are pending, and the arrays `(B, Hkv, room, D)` of their keys and values."""
+        assert self._pending_keys is not None and self._pending_values is not None
+        return self.pending, self._pending_keys, self._pending_values
+
+    def _leave_pending(self, keys: mx.array, values: mx.array) -> bool:
+        """Leave one new token of every row pending, if the rows need not have it; whether that was possible."""
+        if keys.shape[2] != 1 or any(self._left) or self._to_come is not None:
+            return False
+        if self.pending == PENDING:
+            self._append_pending()
+        if not self.pending and why_not_pending(self.own_rows):
+            return False
+        if self._pending_keys is None or self._pending_values is None or self._pending_keys.shape[0] != keys.shape[0]:
+            self._pending_keys, self._pending_values = (
+                mx.zeros((*x.shape[:2], PENDING, x.shape[3]), x.dtype) for x in (keys, values)
+            )
+        self._pending_keys[..., self.pending : self.pending + 1, :] = keys
+        self._pending_values[..., self.pending : self.pending + 1, :] = values
+        self.pending += 1
+        return True
+
     # ---- facts -------------------------------------------------------------------------------------------------
 
     @property
@@ -99,12 +155,13 @@ class BatchKVQCache(mlx_cache._BaseCache):
     @property
     def spec(self) -> LayerSpec:
         """What is done to the layer."""
-        return self.rows[0].spec
+        return self.own_rows[0].spec
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated by all rows."""
-        return sum(row.nbytes for row in self.rows)
+        """Bytes allocated by all rows, pending tokens included."""
+        arrays = [x for x in (self._pending_keys, self._pending_values) if x is not None]
+        return sum(row.nbytes for row in self.own_rows) + sum(x.nbytes for x in arrays)
 
     def dense_nbytes(self, itemsize: int = 2) -> int:
         """Bytes that the stored tokens would take dense, K and V, at `itemsize` bytes an element (2: fp16)."""
@@ -131,7 +188,7 @@ class BatchKVQCache(mlx_cache._BaseCache):
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False) -> Any:
         """The mask `(B, 1, N, T)` for N new tokens, as mlx-lm's batch cache gives it."""
         mask = self._ledger_mask(N, window_size, return_array)
-        limit = self.rows[0].window
+        limit = self.own_rows[0].window
         if window_size is None if limit is None else N == 1 and (window_size or limit) >= limit:
             _PLAIN[id(mask)] = mask
         return mask
@@ -149,14 +206,17 @@ class BatchKVQCache(mlx_cache._BaseCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append post-RoPE keys `(B, Hkv, L, Dk)` and values `(B, Hkv, L, Dv)`, except padding; returns handles."""
         B, _, L, _ = keys.shape
-        if len(self.rows) != B:
+        if len(self.own_rows) != B:
             raise CacheStateError(
-                f"keys must have one row for each of the {len(self.rows)} sequences of the batch, got {B}; "
+                f"keys must have one row for each of the {len(self.own_rows)} sequences of the batch, got {B}; "
                 "give every sequence a cache"
             )
         blank = _blank(B, L)
         update = self.ledger._update_concat if self._last_of_padded(L) else self.ledger.update_and_fetch
         self._columns = update(blank, blank)[0].shape[2]
+        if self._leave_pending(keys, values):
+            self._spans = [(0, 1)] * B
+            return self._handles(keys, values)
         self._spans = [self._span(i, L) for i in range(B)]
         for i, (row, (start, stop)) in enumerate(zip(self.rows, self._spans, strict=True)):
             if stop > start:
@@ -190,17 +250,23 @@ class BatchKVQCache(mlx_cache._BaseCache):
         return self._handles(dense.dense_keys, dense.dense_values)
 
     def _handles(self, keys: mx.array, values: mx.array) -> tuple[KVHandle, KVHandle]:
-        shape = (len(self.rows), keys.shape[1], self._columns)
+        shape = (len(self.own_rows), keys.shape[1], self._columns)
         cache = cast(KVQCache, self)  # attention treats a cache with rows as a batch
         return (
             KVHandle(cache, (*shape, keys.shape[3]), keys.dtype),
             KVHandle(cache, (*shape, values.shape[3]), values.dtype),
         )
 
+    def says_causal(self, mask: mx.array | str | None) -> bool:
+        """Whether a mask for the newest tokens says no more than that they do not see later ones."""
+        if not isinstance(mask, mx.array):
+            return True
+        return _PLAIN.get(id(mask)) is mask and mask.shape[-1] == self._columns
+
     def row_calls(self, mask: mx.array | str | None) -> list[tuple[KVQCache, int, int, mx.array | str | None]]:
         """What each row attends with: its cache, its real new tokens `[start, stop)` and its own mask `(L, held)`."""
         calls = []
-        if isinstance(mask, mx.array) and _PLAIN.get(id(mask)) is mask and mask.shape[-1] == self._columns:
+        if isinstance(mask, mx.array) and self.says_causal(mask):
             mask = None if mask.shape[-2] == 1 else "causal"
         in_order = self._in_order(mask) if isinstance(mask, mx.array) else mask
         for i, (row, (start, stop)) in enumerate(zip(self.rows, self._spans, strict=True)):
@@ -324,6 +390,7 @@ class BatchKVQCache(mlx_cache._BaseCache):
     def state(self, state: dict[str, Any]) -> None:
         meta = json.loads(state["meta"])
         row, ledger = (getattr(mlx_cache, name) for name in meta["classes"])
+        self._forget_pending()
         self.rows = [row.from_state(part) for part in state["rows"]]
         self.ledger = ledger(*([0] if ledger is mlx_cache.BatchRotatingKVCache else []), left_padding=[])
         self.ledger.state = tuple(state["ledger"])

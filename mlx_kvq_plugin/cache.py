@@ -67,10 +67,18 @@ def plane_capacity(tokens: int) -> int:
     return max(capacity, tile_rows(tokens)) if backend() else capacity
 
 
+class _Plans(dict[object, "FusedPlan"]):
+    """Kept by a cache and its copies; no part of its state."""
+
+    def __deepcopy__(self, memo: object) -> _Plans:
+        return _Plans(self)
+
+
 class KVQCache(_BaseCache):
     """The compressed cache of one full-attention layer; mlx-lm's single-sequence cache protocol, B >= 1."""
 
     rows: ClassVar[Sequence[KVQCache]] = ()  # only a batch (batch.py) has caches inside
+    batched: ClassVar[bool] = False
     probe: Callable[[AttendArgs], mx.array] | None = None  # in place of attention, while sensitivities are measured
 
     def __init__(self, spec: LayerSpec, rotary: Rotary | None = None, route: str = "", shared: bool = False):
@@ -91,7 +99,7 @@ class KVQCache(_BaseCache):
         self.route = route
         self.shared = shared
         self.padding_refused = ""  # why the model cannot process padded prompts (Adapter)
-        self.plans: dict[object, FusedPlan] = {}  # of fused attention, by kind of call
+        self.plans = _Plans()  # of fused attention, by kind of call
         self._clear()
 
     def _clear(self) -> None:

@@ -45,6 +45,7 @@ class Call:
         mask: the shape `(batches, heads, queries)` of an array mask without its columns, or `()`.
         mask_dtype: `bool` or `float`.
         sinks: dtype of attention-sink logits, or an empty string.
+        pending: room for dense tokens that all rows of a batch keep in one array (batch.py), 0 without.
     """
 
     batch: int
@@ -62,6 +63,7 @@ class Call:
     mask: tuple[int, ...]
     mask_dtype: str
     sinks: str
+    pending: int = 0
 
 
 def why_not_fused(cache: KVQCache, dim: int, value_dim: int) -> str:
@@ -154,14 +156,25 @@ def _chosen(kind: str, name: str, size: str, rows: int) -> str:
     return text + f"{name} += (kvq_long){at} * {size};\n"
 
 
-NUMBERS = ("packed", "start", "capacity", "position", "sinks", "dense", "dense_capacity", "splits", "columns")
+NUMBERS = (
+    "packed",
+    "start",
+    "capacity",
+    "position",
+    "sinks",
+    "dense",
+    "dense_capacity",
+    "pending",
+    "splits",
+    "columns",
+)
 
 
 def _integers(rows: int) -> str:
     """The integers of this group's sequence."""
     text = "".join(f"int {name} = KVQ_NUMBER(numbers_0_shape[{i}]);\n" for i, name in enumerate(NUMBERS))
     for row in range(1, rows):
-        some = " ".join(f"{name} = KVQ_NUMBER(numbers_{row}_shape[{i}]);" for i, name in enumerate(NUMBERS[:-2]))
+        some = " ".join(f"{name} = KVQ_NUMBER(numbers_{row}_shape[{i}]);" for i, name in enumerate(NUMBERS[:-3]))
         text += f"if (batch == {row}) {{ {some} }}\n"
     return text
 
@@ -276,6 +289,8 @@ class FusedPlan:
         inputs = ["partial", "statistics", "queries", "tables"]
         for row in range(max(1, call.rows)):
             inputs += [f"numbers_{row}", f"dense_keys_{row}", f"dense_values_{row}"]
+        if call.pending:
+            inputs += ["pending_keys", "pending_values"]
         if call.mask:
             inputs.append("mask")
         if call.sinks:
@@ -287,6 +302,10 @@ class FusedPlan:
             + _chosen(call.dense_dtype, "dense_keys", "dense_capacity * KVQ_DK", call.rows)
             + _chosen(call.dense_dtype, "dense_values", "dense_capacity * KVQ_DV", call.rows)
         )
+        if call.pending:
+            for name, size in (("keys", "KVQ_DK"), ("values", "KVQ_DV")):
+                prologue += f"KVQ_DEVICE const {call.dense_dtype}* newest_{name} = "
+                prologue += f"pending_{name} + (batch * KVQ_HEADS + head) * KVQ_PENDING * {size};\n"
         return build(
             "merge",
             inputs,
@@ -296,6 +315,7 @@ class FusedPlan:
             {
                 **self._defines(),
                 "KVQ_THREADS": self.merge_threads,
+                "KVQ_PENDING": call.pending,
                 "KVQ_PARTS": self.merge_threads // call.value_dim,
                 "KVQ_MERGE_AHEAD": MERGE_AHEAD,
                 "KVQ_DENSE_CHUNK": DENSE_CHUNK,
@@ -334,7 +354,12 @@ class FusedPlan:
         return max(1, min(self.launch.warps, SUMS_NBYTES // size))
 
     def __call__(
-        self, caches: Sequence[KVQCache], queries: mx.array, mask: mx.array | None, sinks: mx.array | None
+        self,
+        caches: Sequence[KVQCache],
+        queries: mx.array,
+        mask: mx.array | None,
+        sinks: mx.array | None,
+        pending: tuple[int, mx.array, mx.array] | None = None,
     ) -> mx.array:
         """Attention `(B, Hq, L, Dv)` of queries `(B, Hq, L, Dk)`, in their dtype.
 
@@ -343,8 +368,11 @@ class FusedPlan:
             queries: contiguous.
             mask: `(batches, heads, L or 1, T)`, contiguous, bool or float32, or `None`.
             sinks: logits `(Hq,)`.
+            pending: newer dense tokens of the rows of a batch: how many, and keys and values
+                `(B, Hkv, call.pending, D)`.
         """
-        counts = tuple([cache.counts() for cache in caches])
+        newer = 0 if pending is None else pending[0]
+        counts = tuple([(*cache.counts(), newer) for cache in caches])
         sizes = self._sizes.get((threading.get_ident(), counts))
         if sizes is None:
             if len(self._sizes) > 64:  # of steps long past
@@ -358,6 +386,8 @@ class FusedPlan:
                 arrays += [own.frame.mean, own.frame.scale]
             assert own.dense_keys is not None and own.dense_values is not None
             arrays += [own.dense_keys, own.dense_values]
+        if pending is not None:
+            arrays += pending[1:]
         if mask is not None:
             arrays.append(mask)
         if sinks is not None:
@@ -396,7 +426,7 @@ class FusedPlan:
         tiles = max(-(-packed // BLOCK) for packed, *_ in counts)
         first = max(position for _, _, _, position, *_ in counts) // BLOCK + 1
         splits = self.splits(tiles)
-        columns = max(packed + dense for packed, _, _, _, _, dense, _ in counts)
+        columns = max(packed + dense + newer for packed, _, _, _, _, dense, _, newer in counts)
         # Of a thread: arrays that are not evaluated cannot cross threads, and evaluating here would wait for the GPU.
         own = tuple(numbers(*count, splits, columns) for count in counts)
         batch, query_rows = max(1, call.batch), call.heads * self.rows

@@ -16,6 +16,7 @@ from .launch import device_name, launch_sizes
 
 if TYPE_CHECKING:
     from ..attention import AttendArgs
+    from ..batch import BatchKVQCache
     from ..cache import KVQCache
     from ..codecs import Codec
     from ..rotary import Rotary
@@ -77,7 +78,7 @@ def _mask_of(mask: mx.array | str | None) -> tuple[mx.array | None, tuple[int, .
 
 
 def prepared_call(
-    caches: Sequence[KVQCache], rows: int, args: AttendArgs, mask: mx.array | str | None
+    caches: Sequence[KVQCache], rows: int, args: AttendArgs, mask: mx.array | str | None, pending: int = 0
 ) -> tuple[Sequence[KVQCache], Call, mx.array | None, tuple[Codec, Codec, Rotary | None]]:
     """What a plan is made of for a call: the caches with whole tiles, the call, its mask as kernels read it, codecs."""
     queries, first = args.queries, caches[0]
@@ -101,6 +102,7 @@ def prepared_call(
         mask=mask_shape,
         mask_dtype=mask_dtype,
         sinks="" if args.sinks is None else dtype_name(args.sinks.dtype),
+        pending=pending,
     )
     for own in caches:
         own.reserve_tiles()
@@ -141,6 +143,36 @@ def fused_rows(rows: Sequence[KVQCache], args: AttendArgs) -> mx.array:
             row.reserve_tiles()
         outputs.append(plan(some, mx.contiguous(queries), None, args.sinks))
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=0)
+
+
+def why_not_pending(rows: Sequence[KVQCache]) -> str:
+    """Why a batch cannot leave new tokens of its rows in one array for a while; empty if it can."""
+    if backend() != CUDA:
+        return "rows decode together on CUDA alone"
+    if len(rows) > ROWS_OF_LAUNCH:
+        return f"{len(rows)} rows are more than the {ROWS_OF_LAUNCH} of a launch"
+    first = rows[0]
+    for row in rows:
+        if row.window is not None or row.shared or row.probe is not None or row.spec != first.spec:
+            return "windows, shared layers and probes need rows up to date"
+        if row.packed_tokens == 0:
+            return "a row has no packed tokens"
+    assert first.dense_keys is not None and first.dense_values is not None
+    return why_not_fused(first, first.dense_keys.shape[3], first.dense_values.shape[3])
+
+
+def pending_rows(batch: BatchKVQCache, args: AttendArgs) -> mx.array:
+    """Attention of one new token in each row of a batch that keeps its newest tokens in one array."""
+    rows, (count, keys, values) = batch.own_rows, batch.pending_tokens()
+    queries = args.queries
+    key = (queries.shape, queries.dtype, keys.shape[2], args.scale, args.softcap, args.sinks is None)
+    plan = rows[0].plans.get(key)
+    if plan is None:
+        _, call, _, codecs = prepared_call(rows, len(rows), args, None, keys.shape[2])
+        plan = rows[0].plans[key] = _plan(call, *codecs, backend())
+    for row in rows:
+        row.reserve_tiles()
+    return plan(rows, mx.contiguous(queries), None, args.sinks, (count, keys, values))
 
 
 def next_step(args: AttendArgs) -> mx.array | None:

@@ -3,7 +3,15 @@
 // Loads that wait for nothing come first. Defined before, besides the constants of attend.h: KVQ_THREADS (a multiple of
 // KVQ_DV and of 32), KVQ_CAUSAL, KVQ_SINKS (whether sink logits join the softmax), KVQ_DENSE_CHUNK; by the prologue:
 // batch, head, n (query row), pointers of the dense tokens of this sequence and head, dense, sinks, packed, columns,
-// splits, value_signs.
+// splits, value_signs. With KVQ_PENDING, newer dense tokens of all sequences stand in one array of that many a sequence.
+#if KVQ_PENDING
+#define KVQ_DENSE_AT(name, j, size, c) \
+  kvq_to_float((j) < dense ? dense_##name[(j) * size + (c)] : newest_##name[((j) - dense) * size + (c)])
+const int tokens = dense + pending;
+#else
+#define KVQ_DENSE_AT(name, j, size, c) kvq_to_float(dense_##name[(j) * size + (c)])
+const int tokens = dense;
+#endif
 const int lane = KVQ_LANE, warp = KVQ_WARP, channel = KVQ_THREAD % KVQ_DV, part = KVQ_THREAD / KVQ_DV;
 const kvq_long query_row = (kvq_long)(batch * KVQ_HEADS + head) * KVQ_ROWS + n;
 const kvq_long first_split = query_row * splits;
@@ -18,7 +26,7 @@ KVQ_UNROLL
 for (int i = 0; i < KVQ_MERGE_AHEAD; i++) {
   const int s = part + i * KVQ_PARTS;
   ahead[i] = s < splits ? partial[(first_split + s) * KVQ_DV + channel] : 0.0f;
-  values_ahead[i] = s < dense ? kvq_to_float(dense_values[(kvq_long)s * KVQ_DV + channel]) : 0.0f;
+  values_ahead[i] = s < tokens ? KVQ_DENSE_AT(values, s, KVQ_DV, channel) : 0.0f;
 }
 KVQ_UNROLL
 for (int i = 0; i < KVQ_DK / 32; i++)
@@ -54,14 +62,14 @@ float packed_weight = 1.0f;  // of the splits' sums, once other tokens have rais
 
 // Dense tokens, in chunks: the sinks first, then the recent ones.
 KVQ_NO_UNROLL
-for (int begin = 0; begin < dense; begin += KVQ_DENSE_CHUNK) {
-  const int count = kvq_min(dense - begin, KVQ_DENSE_CHUNK);
+for (int begin = 0; begin < tokens; begin += KVQ_DENSE_CHUNK) {
+  const int count = kvq_min(tokens - begin, KVQ_DENSE_CHUNK);
   KVQ_UNROLL4
   for (int j = warp; j < count; j += KVQ_THREADS / 32) {
     const int token = begin + j, column = token < sinks ? token : token + packed;
     float score = 0.0f;
     KVQ_UNROLL
-    for (int i = 0; i < KVQ_DK / 32; i++) score += query[i] * kvq_to_float(dense_keys[(kvq_long)token * KVQ_DK + 32 * i + lane]);
+    for (int i = 0; i < KVQ_DK / 32; i++) score += query[i] * KVQ_DENSE_AT(keys, token, KVQ_DK, 32 * i + lane);
     score = kvq_warp_sum(score);
 #if KVQ_SOFTCAP_ON
     score = KVQ_SOFTCAP * KVQ_LOG2E * kvq_tanh(score * (1.0f / (KVQ_SOFTCAP * KVQ_LOG2E)));
@@ -94,8 +102,8 @@ for (int begin = 0; begin < dense; begin += KVQ_DENSE_CHUNK) {
   }
   KVQ_UNROLL4
   for (int j = part + (begin == 0 ? KVQ_MERGE_AHEAD * KVQ_PARTS : 0); j < count; j += KVQ_PARTS)
-    dense_sum += kvq_exp2(shared_scores[j] - peak) * kvq_to_float(dense_values[(kvq_long)(begin + j) * KVQ_DV + channel]);
-  if (begin + KVQ_DENSE_CHUNK < dense) KVQ_BARRIER();
+    dense_sum += kvq_exp2(shared_scores[j] - peak) * KVQ_DENSE_AT(values, begin + j, KVQ_DV, channel);
+  if (begin + KVQ_DENSE_CHUNK < tokens) KVQ_BARRIER();
 }
 
 shared_sums[KVQ_THREAD] = packed_sum;
