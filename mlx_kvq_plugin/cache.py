@@ -148,7 +148,7 @@ class KVQCache(_BaseCache):
         for planes in (self.key_planes, self.value_planes, self.key_statistics, self.value_statistics):
             found += planes.values()
         if self.frame is not None:
-            found += [self.frame.mean, self.frame.scale]
+            found += self.frame.arrays()
         return [array for array in found if array is not None]
 
     @property

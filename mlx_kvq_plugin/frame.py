@@ -33,11 +33,22 @@ class KeyFrame:
     rotary: Rotary
     mean: mx.array
     scale: mx.array
+    _joined: mx.array | None = None
+
+    def joined(self) -> mx.array:
+        """`mean`, then `scale`, of every head: `(B, Hkv, 1, 2 D - P)` float32, one array for kernels; kept."""
+        if self._joined is None:
+            self._joined = mx.concatenate([self.mean, self.scale], axis=-1)
+        return self._joined
+
+    def arrays(self) -> list[mx.array]:
+        """All arrays that are held."""
+        return [self.mean, self.scale] + ([] if self._joined is None else [self._joined])
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: 1.5 D float32 per head at full rotation."""
-        return self.mean.nbytes + self.scale.nbytes
+        """Bytes held: 1.5 D float32 per head at full rotation, twice that where kernels read it."""
+        return sum(array.nbytes for array in self.arrays())
 
     def channel_scale(self) -> mx.array:
         """`scale` spread to `(B, Hkv, 1, D)`."""

@@ -1,4 +1,5 @@
-// Attention of a few query rows on packed keys and values, split over tokens: partial sums and softmax statistics.
+// Attention of a few query rows on packed keys and values, split over tokens: partial sums, each followed by the peak
+// of its scores and the total of its weights.
 //
 // A group serves one KV head, up to KVQ_COLUMNS query rows and one split; each of its warps goes through tiles of 64
 // tokens by itself. Keys are the rows of 16 x 16 products, decoded in registers; scores pass through a transposition
@@ -387,7 +388,7 @@ for (int i = KVQ_THREAD; i < KVQ_COLUMNS * KVQ_DV; i += 32 * KVQ_WARPS) {
     float sum = 0.0f;
     KVQ_UNROLL
     for (int r = 0; r < KVQ_REGIONS; r++) sum += shared_rows[(r * KVQ_COLUMNS + n) * KVQ_SHARED_DIM + i % KVQ_DV];
-    partial[((out_row + n) * splits + KVQ_GROUP_X) * KVQ_DV + i % KVQ_DV] = sum;
+    partial[((out_row + n) * splits + KVQ_GROUP_X) * KVQ_PARTIAL + i % KVQ_DV] = sum;
   }
 }
 for (int n = KVQ_THREAD; n < KVQ_COLUMNS; n += 32 * KVQ_WARPS) {
@@ -396,7 +397,7 @@ for (int n = KVQ_THREAD; n < KVQ_COLUMNS; n += 32 * KVQ_WARPS) {
     for (int w = 0; w < KVQ_WARPS; w++) highest = kvq_max(highest, shared_peak[w * KVQ_COLUMNS + n]);
     for (int w = 0; w < KVQ_WARPS; w++)
       sum += shared_total[w * KVQ_COLUMNS + n] * kvq_exp2(shared_peak[w * KVQ_COLUMNS + n] - highest);
-    statistics[((out_row + n) * splits + KVQ_GROUP_X) * 2] = highest;
-    statistics[((out_row + n) * splits + KVQ_GROUP_X) * 2 + 1] = sum;
+    partial[((out_row + n) * splits + KVQ_GROUP_X) * KVQ_PARTIAL + KVQ_DV] = highest;
+    partial[((out_row + n) * splits + KVQ_GROUP_X) * KVQ_PARTIAL + KVQ_DV + 1] = sum;
   }
 }

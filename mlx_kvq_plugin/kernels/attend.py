@@ -211,6 +211,7 @@ class FusedPlan:
         return {
             "KVQ_DK": call.key_dim,
             "KVQ_DV": call.value_dim,
+            "KVQ_PARTIAL": call.value_dim + 2,
             "KVQ_SHARED_DIM": max(call.key_dim, call.value_dim) + 4,
             "KVQ_HEADS": call.heads,
             "KVQ_ROWS": self.rows,
@@ -248,7 +249,7 @@ class FusedPlan:
             inputs += [f"numbers_{row}", *_side_inputs("key", self.key_layout, row)]
             inputs += _side_inputs("value", self.value_layout, row)
             if self.rotary is not None:
-                inputs += [f"frame_mean_{row}", f"frame_scale_{row}"]
+                inputs.append(f"frame_{row}")
         if call.mask:
             inputs.append("mask")
         prologue = (
@@ -263,12 +264,13 @@ class FusedPlan:
                 prologue += f"KVQ_DEVICE const float* {name} = tables + {getattr(self.tables, name)};\n"
             prologue += "KVQ_DEVICE const kvq_byte* inner_turns = (KVQ_DEVICE const kvq_byte*)"
             prologue += f"(tables + {self.tables.inner_turns});\n"
-            prologue += _chosen("float", "frame_mean", "KVQ_DK", call.rows)
-            prologue += _chosen("float", "frame_scale", "(KVQ_DK - KVQ_PAIRS)", call.rows)
+            prologue += _chosen("float", "frame", "(2 * KVQ_DK - KVQ_PAIRS)", call.rows)
+            prologue += "KVQ_DEVICE const float* frame_mean = frame;\n"
+            prologue += "KVQ_DEVICE const float* frame_scale = frame + KVQ_DK;\n"
         return build(
             "attend",
             inputs,
-            ["partial", "statistics"],
+            ["partial"],
             "attend.h",
             ["common.h"],
             {
@@ -286,7 +288,7 @@ class FusedPlan:
 
     def _merge_kernel(self, on: str) -> Kernel:
         call = self.call
-        inputs = ["partial", "statistics", "queries", "tables"]
+        inputs = ["partial", "queries", "tables"]
         for row in range(max(1, call.rows)):
             inputs += [f"numbers_{row}", f"dense_keys_{row}", f"dense_values_{row}"]
         if call.pending:
@@ -335,7 +337,7 @@ class FusedPlan:
         self._output_dtypes = [self.dtype]
         self.key_planes = (*self.key_layout.planes, "scale")
         self.value_planes = (*self.value_layout.planes, "scale")
-        self._row_inputs = len(self.key_planes) + len(self.value_planes) + (2 if self.rotary is not None else 0)
+        self._row_inputs = len(self.key_planes) + len(self.value_planes) + (1 if self.rotary is not None else 0)
 
     @property
     def merge_threads(self) -> int:
@@ -383,7 +385,7 @@ class FusedPlan:
             arrays += [own.key_planes[name] for name in self.key_planes]
             arrays += [own.value_planes[name] for name in self.value_planes]
             if own.frame is not None:
-                arrays += [own.frame.mean, own.frame.scale]
+                arrays.append(own.frame.joined())
             assert own.dense_keys is not None and own.dense_values is not None
             arrays += [own.dense_keys, own.dense_values]
         if pending is not None:
@@ -434,7 +436,7 @@ class FusedPlan:
             numbers=own,
             blocks=max(tiles, first) if self.rotary is not None else 1,
             grid=(splits * 32 * self.launch.warps, call.heads * self.tiles, batch),
-            partial_shapes=[(batch, query_rows, splits, call.value_dim), (batch, query_rows, splits, 2)],
+            partial_shapes=[(batch, query_rows, splits, call.value_dim + 2)],
         )
         # All layers make the same two calls in a step: traced once, they are not put together again for each layer.
         run = partial(_run_plan, self, sizes)
@@ -457,4 +459,4 @@ class _Sizes:
     run: Callable[..., mx.array] = field(init=False)
 
 
-_FLOAT32 = [mx.float32, mx.float32]
+_FLOAT32 = [mx.float32]

@@ -15,6 +15,8 @@ const int tokens = dense;
 const int lane = KVQ_LANE, warp = KVQ_WARP, channel = KVQ_THREAD % KVQ_DV, part = KVQ_THREAD / KVQ_DV;
 const kvq_long query_row = (kvq_long)(batch * KVQ_HEADS + head) * KVQ_ROWS + n;
 const kvq_long first_split = query_row * splits;
+#define KVQ_PEAK(s) partial[(first_split + (s)) * KVQ_PARTIAL + KVQ_DV]
+#define KVQ_TOTAL(s) partial[(first_split + (s)) * KVQ_PARTIAL + KVQ_DV + 1]
 
 KVQ_SHARED_ARRAY(float, shared_scores, KVQ_DENSE_CHUNK);
 KVQ_SHARED_ARRAY(float, shared_sums, KVQ_THREADS);
@@ -25,7 +27,7 @@ float query[KVQ_DK / 32], ahead[KVQ_MERGE_AHEAD], values_ahead[KVQ_MERGE_AHEAD];
 KVQ_UNROLL
 for (int i = 0; i < KVQ_MERGE_AHEAD; i++) {
   const int s = part + i * KVQ_PARTS;
-  ahead[i] = s < splits ? partial[(first_split + s) * KVQ_DV + channel] : 0.0f;
+  ahead[i] = s < splits ? partial[(first_split + s) * KVQ_PARTIAL + channel] : 0.0f;
   values_ahead[i] = s < tokens ? KVQ_DENSE_AT(values, s, KVQ_DV, channel) : 0.0f;
 }
 KVQ_UNROLL
@@ -34,20 +36,20 @@ for (int i = 0; i < KVQ_DK / 32; i++)
 
 // Splits: their highest peak, the sum of their totals.
 float peak = KVQ_LOWEST, total = 0.0f;
-for (int s = lane; s < splits; s += 32) peak = kvq_max(peak, statistics[(first_split + s) * 2]);
+for (int s = lane; s < splits; s += 32) peak = kvq_max(peak, KVQ_PEAK(s));
 peak = kvq_warp_max(peak);
 for (int s = lane; s < splits; s += 32)
-  total += statistics[(first_split + s) * 2 + 1] * kvq_exp2(statistics[(first_split + s) * 2] - peak);
+  total += KVQ_TOTAL(s) * kvq_exp2(KVQ_PEAK(s) - peak);
 total = kvq_warp_sum(total);
 float packed_sum = 0.0f, dense_sum = 0.0f;
 KVQ_UNROLL
 for (int i = 0; i < KVQ_MERGE_AHEAD; i++) {
   const int s = part + i * KVQ_PARTS;
-  if (s < splits) packed_sum += ahead[i] * kvq_exp2(statistics[(first_split + s) * 2] - peak);
+  if (s < splits) packed_sum += ahead[i] * kvq_exp2(KVQ_PEAK(s) - peak);
 }
 KVQ_UNROLL4
 for (int s = part + KVQ_MERGE_AHEAD * KVQ_PARTS; s < splits; s += KVQ_PARTS)
-  packed_sum += partial[(first_split + s) * KVQ_DV + channel] * kvq_exp2(statistics[(first_split + s) * 2] - peak);
+  packed_sum += partial[(first_split + s) * KVQ_PARTIAL + channel] * kvq_exp2(KVQ_PEAK(s) - peak);
 
 float packed_weight = 1.0f;  // of the splits' sums, once other tokens have raised the peak
 #if KVQ_SINKS
