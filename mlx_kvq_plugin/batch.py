@@ -18,7 +18,7 @@ from typing import Any, ClassVar, cast
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_cache
 
-from .cache import BLOCK, KVQCache
+from .cache import GPU_BLOCK, KVQCache
 from .config import LayerSpec
 from .errors import CacheStateError
 from .handle import KVHandle
@@ -28,7 +28,7 @@ from .kernels.dispatch import why_not_pending
 # array; for one that does not, rows need no masks of their own.
 _PLAIN: weakref.WeakValueDictionary[int, mx.array] = weakref.WeakValueDictionary()
 
-PENDING = BLOCK  # tokens of a row that wait in the array of all rows, at most
+PENDING = GPU_BLOCK  # tokens of a row that wait in the array of all rows, at most
 
 Ledger = Any  # mlx_cache.BatchKVCache or mlx_cache.BatchRotatingKVCache; mlx-lm has no types
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .kernels.attend import FusedPlan
 
 BLOCK = 8  # tokens between two encodings during decoding, and the least the planes grow by
+GPU_BLOCK = 32  # the same on GPUs, where a packing costs as much time as a few steps' attention
 TILE = 64  # tokens that kernels go through at a time
 STEP_TOKENS = 16  # a call with at most this many new tokens is a decode (or verification) step, not prefill
 
@@ -94,7 +95,7 @@ class KVQCache(_BaseCache):
         self.exact = self.key_codec.exact and self.value_codec.exact  # decoding gives back the input bit for bit
         self.uses_frame = spec.framed  # whether keys are encoded in the rotary frame
         self._group = math.lcm(self.key_codec.group, self.value_codec.group)
-        self.block = math.lcm(BLOCK, self._group)  # tokens between two encodings during decoding
+        self.block = math.lcm(GPU_BLOCK if backend() else BLOCK, self._group)  # between two encodings when decoding
         self.rotary = rotary if rotary is not None else no_rotation()
         self.route = route
         self.shared = shared
@@ -209,11 +210,11 @@ class KVQCache(_BaseCache):
     def _append_dense(self, keys: mx.array, values: mx.array) -> None:
         start, stop = self._dense, self._dense + keys.shape[2]
         if self.dense_keys is None or self.dense_values is None:
-            room = BLOCK if keys.shape[2] <= STEP_TOKENS else 0
+            room = self.block if keys.shape[2] <= STEP_TOKENS else 0
             self.dense_keys = pad_tokens(owned(keys), room - keys.shape[2])
             self.dense_values = pad_tokens(owned(values), room - values.shape[2])
         elif stop > self.dense_keys.shape[2]:
-            room = BLOCK if keys.shape[2] <= STEP_TOKENS else 0
+            room = self.block if keys.shape[2] <= STEP_TOKENS else 0
             self.dense_keys = self._grown(self.dense_keys, keys, room)
             self.dense_values = self._grown(self.dense_values, values, room)
         else:

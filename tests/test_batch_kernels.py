@@ -11,15 +11,17 @@ import kernel_cpu
 import mlx.core as mx
 import pytest
 
+import mlx_kvq_plugin.batch as batch_module
 import mlx_kvq_plugin.kernels.attend as attend_module
 import mlx_kvq_plugin.kernels.dispatch as dispatch
 from mlx_kvq_plugin.attention import AttendArgs, attend
-from mlx_kvq_plugin.batch import PENDING, BatchKVQCache
+from mlx_kvq_plugin.batch import BatchKVQCache
 from mlx_kvq_plugin.cache import KVQCache
 from mlx_kvq_plugin.kernels import build
 
 pytestmark = pytest.mark.skipif(kernel_cpu.why_not() != "", reason=kernel_cpu.why_not() or "harness")
 
+PENDING = 8  # as caches pack here: `cache.BLOCK`
 DIM, HEADS = 64, (4, 2)
 LENGTHS = (150, 333, 96)
 
@@ -43,6 +45,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     for module in (dispatch, attend_module):
         monkeypatch.setattr(module, "backend", lambda: build.CUDA)
     monkeypatch.setattr(dispatch, "_plan", dispatch._plan.__wrapped__)
+    monkeypatch.setattr(batch_module, "PENDING", PENDING)
     mx.disable_compile()
     yield ran
     mx.enable_compile()
