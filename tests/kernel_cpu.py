@@ -261,9 +261,11 @@ def _bytes(name: str, array: mx.array) -> bytes:
     """What lies in memory: one element of a view in which all are the same, else the elements in row-major order."""
     if array.ndim == 0:
         raise KernelRunError(f"input {name} must have a dimension: on Metal a number is no pointer")
-    host = np.asarray(memoryview(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array))
-    if host.size and host.ndim and not any(stride for stride, n in zip(host.strides, host.shape, strict=True) if n > 1):
-        return host[(slice(0, 1),) * host.ndim].tobytes()
+    array = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+    view = memoryview(array)
+    if array.size and not any(stride for stride, n in zip(view.strides or (), array.shape, strict=True) if n > 1):
+        view = memoryview(array[(slice(0, 1),) * array.ndim])  # the whole may have more elements than NumPy can count
+    host = np.asarray(view)
     if not host.flags.c_contiguous:
         raise KernelRunError(f"input {name} must be row-contiguous, got strides {host.strides} of shape {host.shape}")
     return host.tobytes()
