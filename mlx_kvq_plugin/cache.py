@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 BLOCK = 8  # tokens between two encodings during decoding, and the least the planes grow by
 GPU_BLOCK = 32  # the same on GPUs, where a packing costs as much time as a few steps' attention
+GPU_STEP = 256  # tokens that planes grow by there
 TILE = 64  # tokens that kernels go through at a time
 STEP_TOKENS = 16  # a call with at most this many new tokens is a decode (or verification) step, not prefill
 
@@ -60,12 +61,13 @@ def tile_rows(tokens: int) -> int:
 
 
 def plane_capacity(tokens: int) -> int:
-    """Tokens allocated for `tokens` packed ones when planes grow while decoding.
+    """Tokens allocated for `tokens` packed ones when planes grow while decoding: room for at most 1/256 more.
 
-    Room for at most 1/256 more; on a GPU at least up to whole tiles, which kernels read to their end.
+    On a GPU, where growing takes launches, up to a multiple of `GPU_STEP`, as mlx-lm's own cache does.
     """
-    capacity = tokens + max(0, tokens // 256 // BLOCK - 1) * BLOCK
-    return max(capacity, tile_rows(tokens)) if backend() else capacity
+    if backend():
+        return -(-tokens // GPU_STEP) * GPU_STEP
+    return tokens + max(0, tokens // 256 // BLOCK - 1) * BLOCK
 
 
 class _Plans(dict[object, "FusedPlan"]):

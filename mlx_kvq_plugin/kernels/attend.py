@@ -394,14 +394,15 @@ class FusedPlan:
             arrays.append(mask)
         if sinks is not None:
             arrays.append(sinks)
-        return sizes.run(*arrays)
+        return sizes.run(*sizes.numbers, *arrays)
 
     def _run(self, sizes: _Sizes, arrays: Sequence[mx.array]) -> mx.array:
-        """Both kernels on the arrays of `__call__`."""
-        queries, tables = arrays[:2]
+        """Both kernels on the integers of every sequence and the arrays of `__call__`."""
+        count = len(sizes.numbers)
+        queries, tables = arrays[count : count + 2]
         attend_inputs, merge_inputs = [queries, tables], [queries, tables]
-        position = 2
-        for own in sizes.numbers:
+        position = count + 2
+        for own in arrays[:count]:
             dense = position + self._row_inputs
             attend_inputs += [own, *arrays[position:dense]]
             merge_inputs += [own, *arrays[dense : dense + 2]]
