@@ -60,14 +60,25 @@ def tile_rows(tokens: int) -> int:
     return -(-tokens // TILE) * TILE
 
 
-def plane_capacity(tokens: int) -> int:
-    """Tokens allocated for `tokens` packed ones when planes grow while decoding: room for at most 1/256 more.
+def packing_block() -> int:
+    """Tokens between two encodings during decoding, on the default device."""
+    return GPU_BLOCK if backend() else BLOCK
 
-    On a GPU, where growing takes launches, up to a multiple of `GPU_STEP`, as mlx-lm's own cache does.
+
+def plane_capacity(tokens: int, step: bool = True, first: bool = False) -> int:
+    """Tokens allocated for `tokens` packed ones when planes grow: while decoding, room for at most 1/256 more.
+
+    On a GPU whole tiles, which kernels read to their end, and while decoding, since growing takes launches, a multiple
+    of `GPU_STEP`, as mlx-lm's own cache does.
+
+    Args:
+        step: whether tokens come in decode steps, not in prefill chunks.
+        first: whether the planes had no tokens before.
     """
     if backend():
-        return -(-tokens // GPU_STEP) * GPU_STEP
-    return tokens + max(0, tokens // 256 // BLOCK - 1) * BLOCK
+        unit = GPU_STEP if step else TILE
+        return -(-tokens // unit) * unit
+    return tokens + (max(0, tokens // 256 // BLOCK - 1) * BLOCK if step and not first else 0)
 
 
 class _Plans(dict[object, "FusedPlan"]):
@@ -97,7 +108,7 @@ class KVQCache(_BaseCache):
         self.exact = self.key_codec.exact and self.value_codec.exact  # decoding gives back the input bit for bit
         self.uses_frame = spec.framed  # whether keys are encoded in the rotary frame
         self._group = math.lcm(self.key_codec.group, self.value_codec.group)
-        self.block = math.lcm(GPU_BLOCK if backend() else BLOCK, self._group)  # between two encodings when decoding
+        self.block = math.lcm(packing_block(), self._group)  # between two encodings when decoding
         self.rotary = rotary if rotary is not None else no_rotation()
         self.route = route
         self.shared = shared
@@ -212,11 +223,11 @@ class KVQCache(_BaseCache):
     def _append_dense(self, keys: mx.array, values: mx.array) -> None:
         start, stop = self._dense, self._dense + keys.shape[2]
         if self.dense_keys is None or self.dense_values is None:
-            room = self.block if keys.shape[2] <= STEP_TOKENS else 0
+            room = packing_block() if keys.shape[2] <= STEP_TOKENS else 0
             self.dense_keys = pad_tokens(owned(keys), room - keys.shape[2])
             self.dense_values = pad_tokens(owned(values), room - values.shape[2])
         elif stop > self.dense_keys.shape[2]:
-            room = self.block if keys.shape[2] <= STEP_TOKENS else 0
+            room = packing_block() if keys.shape[2] <= STEP_TOKENS else 0
             self.dense_keys = self._grown(self.dense_keys, keys, room)
             self.dense_values = self._grown(self.dense_values, values, room)
         else:
@@ -390,11 +401,11 @@ class KVQCache(_BaseCache):
         """Add `count` tokens after the live ones: in place where they fit, else in one copy of the planes."""
         start, stop = self._packed_start, self._packed_start + self._packed
         fits = self._packed > 0 and stop + count <= self.plane_rows
-        room = plane_capacity(self._packed + count) - self._packed - count if self._step else 0
+        room = plane_capacity(self._packed + count, self._step, not self._packed) - self._packed - count
 
         def appended(planes: Planes, new: Planes, shared: Mapping[str, int]) -> Planes:
             if not self._packed:
-                return {name: owned(rows) for name, rows in new.items()}
+                return {n: owned(x) if n in shared else pad_tokens(owned(x), room) for n, x in new.items()}
             found = dict(planes)
             for name, rows in new.items():
                 if name in shared:

@@ -17,7 +17,7 @@ from typing import Any
 from mlx_lm.models import cache as mlx_cache
 
 from .adapters import LayerGeometry
-from .cache import BLOCK, STEP_TOKENS, KVQCache, plane_capacity
+from .cache import STEP_TOKENS, KVQCache, packing_block, plane_capacity
 from .codecs import Codec
 from .frame import MIN_TOKENS, SKIP_TOKENS
 from .sliding import SlidingKVQCache
@@ -165,7 +165,7 @@ class _Packed:
         if self.layout.window is not None:
             self._evict(self.layout.window - 1)
             self._compact()
-        room = BLOCK if count <= STEP_TOKENS else 0
+        room = packing_block() if count <= STEP_TOKENS else 0
         if self.dense + count > self.capacity:
             self.capacity = self.dense + max(count, room)
         self.dense += count
@@ -200,10 +200,9 @@ class _Packed:
     def _pack(self, count: int) -> None:
         stop = self.start + self.packed + count
         if not self.packed:
-            self.start, self.gone, self.rows = 0, 0, count
+            self.start, self.gone, self.rows = 0, 0, plane_capacity(count, self.step, first=True)
         elif stop > self.rows:
-            self.start, self.rows = 0, self.packed + count
-            self.rows = plane_capacity(self.rows) if self.step else self.rows
+            self.start, self.rows = 0, plane_capacity(self.packed + count, self.step)
         self.packed += count
         self.dense -= count
         self.capacity = max(self.dense, self.layout.sinks + self.layout.recent + self.layout.block)
