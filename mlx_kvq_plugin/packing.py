@@ -93,6 +93,63 @@ def slot_codes(sources: list[mx.array], dim: int, bits: int) -> list[mx.array]:
     return slots
 
 
+def lanes(dim: int, bits: int) -> int:
+    """L, the slots in one integer of `lane_words`."""
+    return min(4, dim // slot_width(dim, bits))
+
+
+def lane_words(sources: list[mx.array], dim: int, bits: int) -> list[mx.array]:
+    """Codes of L slots a word, the slot in the byte: `(..., slot width)` uint16 or uint32 for each part of the slots.
+
+    From `slot_sources`; elementwise, so it fuses under compile.
+    """
+    width, count = slot_width(dim, bits), lanes(dim, bits)
+    dtype = mx.uint16 if count == 2 else mx.uint32
+    found = []
+    for part in range(dim // width // count):
+        word = None
+        for field in fields(dim, bits):
+            runs = (field.stop - field.start) // width
+            first = field.start // width
+            bytes_ = sources[first].astype(dtype)
+            for i in range(1, runs):
+                bytes_ = bytes_ | (sources[first + i].astype(dtype) << (8 * i))
+            passed = part * count // runs * field.width
+            lane = _spread(bytes_ >> passed if passed else bytes_, field.width, runs, count)
+            lane = lane << field.shift if field.shift else lane
+            word = lane if word is None else word | lane
+        assert word is not None
+        found.append(word)
+    return found
+
+
+def _spread(x: mx.array, width: int, runs: int, count: int) -> mx.array:
+    """The lowest codes of the `runs` bytes of every integer to its `count` byte lanes: of byte k to k + j runs."""
+    mask = sum(((1 << width) - 1) << (8 * i) for i in range(count))
+    if width == 1 and count == 4:
+        return ((x & 15) * 0x00204081) & mask  # four copies, seven bits apart
+    spread = x
+    for j in range(1, count // runs):
+        spread = spread | (x << (j * (8 * runs - width)))
+    return spread & mask
+
+
+def to_lanes(x: mx.array, bits: int) -> mx.array:
+    """Channels `(..., D)` in the order of the bytes of `lane_words`."""
+    dim = x.shape[-1]
+    count = lanes(dim, bits)
+    split = x.reshape(*x.shape[:-1], -1, count, slot_width(dim, bits))
+    return split.swapaxes(-1, -2).reshape(x.shape)
+
+
+def from_lanes(x: mx.array, bits: int) -> mx.array:
+    """Inverse of `to_lanes`."""
+    dim = x.shape[-1]
+    count = lanes(dim, bits)
+    split = x.reshape(*x.shape[:-1], -1, slot_width(dim, bits), count)
+    return split.swapaxes(-1, -2).reshape(x.shape)
+
+
 def unpack(packed: mx.array, dim: int, bits: int) -> mx.array:
     """Inverse of `pack`: `(..., D * bits / 8)` uint8 to codes `(..., D)` uint8."""
     return mx.concatenate(slot_codes(slot_sources(packed, dim, bits), dim, bits), axis=-1)

@@ -7,7 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_kvq_plugin.errors import CodecError
-from mlx_kvq_plugin.packing import fields, pack, packed_width, slot_codes, slot_sources, slot_width, unpack
+from mlx_kvq_plugin.packing import (
+    fields,
+    from_lanes,
+    lane_words,
+    pack,
+    packed_width,
+    slot_codes,
+    slot_sources,
+    slot_width,
+    to_lanes,
+    unpack,
+)
 
 BITS = (1, 2, 3, 4, 5, 6)
 DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
@@ -93,6 +104,16 @@ def test_slots_are_runs_of_channels(bits: int, dim: int) -> None:
     assert len(slots) * width == dim
     for i, slot in enumerate(slots):
         np.testing.assert_array_equal(np.array(slot), codes[..., i * width : (i + 1) * width])
+
+
+@each_bits
+@each_dim
+def test_bytes_of_words_are_the_codes_in_the_order_of_lanes(bits: int, dim: int) -> None:
+    codes = mx.array(random_codes((2, 1, 3, dim), bits))
+    words = lane_words(slot_sources(pack(codes, bits), dim, bits), dim, bits)
+    found = mx.concatenate(words, axis=-1).view(mx.uint8)
+    np.testing.assert_array_equal(np.array(found), np.array(to_lanes(codes, bits)))
+    np.testing.assert_array_equal(np.array(from_lanes(found, bits)), np.array(codes))
 
 
 @each_bits

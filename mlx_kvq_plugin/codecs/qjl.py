@@ -19,7 +19,7 @@ from ..codebooks import odd_codebook
 from ..packing import pack, packed_width, unpack
 from ..rotation import HADAMARD, check_dim, rotate, unrotate
 from . import NO_STATISTICS, Codec, Plane, Planes, Published, Statistics
-from .scalar import SCALE_DTYPE, slot_levels, slot_scores
+from .scalar import SCALE_DTYPE, packed_scores
 from .turboquant import PAPER
 
 
@@ -40,8 +40,8 @@ def sketch_rotation(rotation: str) -> str:
 
 def sign_scores(queries: mx.array, packed: mx.array) -> mx.array:
     """`(B, Hkv, R, m)` sketched queries times the signs of S packed sketches `(B, Hkv, S, m / 8)`: `(B, Hkv, R, S)`."""
-    levels = slot_levels([packed], queries.shape[-1], (1,), queries.dtype)  # plus and minus the 1-bit level
-    return slot_scores(queries, levels).astype(mx.float32) * (1.0 / odd_codebook(1).levels[1])
+    scores = packed_scores(queries, [packed], (1,)).astype(mx.float32)  # with plus and minus the 1-bit level
+    return scores * (1.0 / odd_codebook(1).levels[1])
 
 
 def signs_of(packed: mx.array, dim: int) -> mx.array:

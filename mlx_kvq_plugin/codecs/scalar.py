@@ -1,8 +1,8 @@
 """What the rotated scalar quantizers share: sorted Gaussian codes, their scale, and products on packed slots.
 
 A token is rotated, divided by its root mean square and quantized coordinate by coordinate with `odd_codebook`; one
-`scale` per token restores its size. Products with packed codes never build the dense rows: codes are unpacked into
-slots (see packing.py), each slot a dense run of channels, and the products of the slots are added.
+`scale` per token restores its size. Products with packed codes leave the rotation and the order of channels as they
+are stored: what codes are multiplied with is brought into the order in which they unpack fastest (see packing.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..codebooks import odd_codebook
-from ..packing import slot_codes, slot_sources, slot_width
+from ..packing import from_lanes, lane_words, slot_sources, slot_width, to_lanes
 from ..sphere import scaled_error
 from . import LEAST_SQUARES, NORM, UNBIASED
 
@@ -96,83 +96,63 @@ def dequantize(codes: mx.array, scale: mx.array, bits: int, dtype: mx.Dtype) -> 
     return (_levels(codes, bits, mx.float32) * scale.astype(mx.float32)).astype(dtype)
 
 
-def _two_bit_levels(bits: list[tuple[mx.array, mx.array]], dtype: mx.Dtype) -> list[mx.array]:
-    """Levels from the high and the low bit of every slot: a symmetric 2-bit codebook is linear in its bits."""
-    inner, outer = odd_codebook(2).levels[2:]
-    return [
-        (high.astype(mx.float32) * (inner + outer) + (low.astype(mx.float32) * (outer - inner) - outer)).astype(dtype)
-        for high, low in bits
-    ]
+@cache
+def _lane_codes(dim: int, stages: tuple[int, ...]) -> Callable[..., list[mx.array]]:
+    """Compiled: byte runs of all stages (first stage = highest bits) to words with a code in each byte."""
+
+    def words(*sources: mx.array) -> list[mx.array]:
+        found: list[mx.array] = []
+        start, shift = 0, sum(stages)
+        for bits in stages:
+            count = dim * bits // 8 // slot_width(dim, bits)
+            shift -= bits
+            part = lane_words(list(sources[start : start + count]), dim, bits)
+            part = [word << shift for word in part] if shift else part
+            found = [a | b for a, b in zip(found, part, strict=True)] if found else part
+            start += count
+        return found
+
+    return mx.compile(words, shapeless=True)
 
 
 @cache
-def _slot_decoder(dim: int, stages: tuple[int, ...], dtype_name: str) -> Callable[..., list[mx.array]]:
-    """Compiled: byte runs of all stages (first stage = highest bits) to codebook levels of every slot."""
-    dtype = getattr(mx, dtype_name)
-    total = sum(stages)
-    counts = [dim * bits // 8 // slot_width(dim, bits) for bits in stages]
+def _lane_levels(bits: int, dtype_name: str) -> Callable[[mx.array], mx.array]:
+    """Compiled: codes to levels, the polynomial of `_levels` in i - (2^b - 1) / 2, a factor less for each code."""
+    dtype: mx.Dtype = getattr(mx, dtype_name)
+    step = 2.0 / 2**bits
+    first, *rest = (c * step ** (2 * i + 1) for i, c in reversed(list(enumerate(odd_codebook(bits).coefficients))))
 
-    def decode(*sources: mx.array) -> list[mx.array]:
-        if stages == (1, 1):
-            high, low = sources
-            return _two_bit_levels([((high >> i) & 1, (low >> i) & 1) for i in range(8)], dtype)
-        if stages == (2,):
-            (both,) = sources
-            return _two_bit_levels([((both >> i + 1) & 1, (both >> i) & 1) for i in range(0, 8, 2)], dtype)
-        slots: list[mx.array] = []
-        start, shift = 0, total
-        for bits, count in zip(stages, counts, strict=True):
-            shift -= bits
-            part = slot_codes(list(sources[start : start + count]), dim, bits)
-            part = [code << shift for code in part] if shift else part
-            slots = [a | b for a, b in zip(slots, part, strict=True)] if slots else part
-            start += count
-        return [_levels(code, total, mx.float32).astype(dtype) for code in slots]
+    def levels(codes: mx.array) -> mx.array:
+        t = codes.astype(mx.float32) - (2**bits - 1) / 2
+        square = t * t
+        total: float | mx.array = first
+        for coefficient in rest:
+            total = total * square + coefficient
+        found: mx.array = (t * total).astype(dtype)
+        return found
 
-    return mx.compile(decode, shapeless=True)
+    return mx.compile(levels, shapeless=True)
 
 
-def slot_levels(packed: Sequence[mx.array], dim: int, stages: tuple[int, ...], dtype: mx.Dtype) -> list[mx.array]:
-    """Codebook levels `(slots, B, Hkv, S, D / slots)` of packed stages `(B, Hkv, S, D * bits / 8)`.
-
-    Returned as a list of groups on the slot axis: one product per group. Up to two slots are left apart, since
-    joining them costs more than a second product.
-    """
+def lane_levels(packed: Sequence[mx.array], dim: int, stages: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """Codebook levels `(B, Hkv, S, D)` of packed stages `(B, Hkv, S, D * bits / 8)`, channels in the order of lanes."""
     sources: list[mx.array] = []
     for plane, bits in zip(packed, stages, strict=True):
         sources += slot_sources(plane, dim, bits)
-    levels = _slot_decoder(dim, stages, str(dtype).removeprefix("mlx.core."))(*sources)
-    return [level[None] for level in levels] if len(levels) <= 2 else [mx.stack(levels)]
+    words = _lane_codes(dim, stages)(*sources)
+    word = words[0] if len(words) == 1 else mx.concatenate(words, axis=-1)
+    return _lane_levels(sum(stages), str(dtype).removeprefix("mlx.core."))(word.view(mx.uint8))
 
 
-def slot_scores(queries: mx.array, levels: list[mx.array]) -> mx.array:
-    """`(B, Hkv, R, D)` queries times slot levels: `(B, Hkv, R, S)`, scales not applied."""
-    total = None
-    start = 0
-    for group in levels:
-        slots, width = group.shape[0], group.shape[-1]
-        part = queries[..., start : start + slots * width]
-        start += slots * width
-        if slots == 1:
-            scores = part @ group[0].swapaxes(-1, -2)
-        else:
-            part = mx.moveaxis(part.reshape(*part.shape[:-1], slots, width), -2, 0)
-            scores = mx.sum(part @ group.swapaxes(-1, -2), axis=0)
-        total = scores if total is None else total + scores
-    assert total is not None
-    return total
+def packed_scores(queries: mx.array, packed: Sequence[mx.array], stages: tuple[int, ...]) -> mx.array:
+    """`(B, Hkv, R, D)` queries times the levels of packed stages: `(B, Hkv, R, S)`, scales not applied."""
+    levels = lane_levels(packed, queries.shape[-1], stages, queries.dtype)
+    return (levels @ to_lanes(queries, stages[0]).swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
-def slot_sum(weights: mx.array, levels: list[mx.array]) -> mx.array:
-    """`(B, Hkv, R, S)` weights (scales applied) times slot levels: `(B, Hkv, R, D)`."""
-    parts = []
-    for group in levels:
-        if group.shape[0] == 1:
-            parts.append(weights @ group[0])
-        else:
-            slots = mx.moveaxis(weights[None] @ group, 0, -2)
-            parts.append(slots.reshape(*slots.shape[:-2], -1))
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+def packed_sum(weights: mx.array, packed: Sequence[mx.array], dim: int, stages: tuple[int, ...]) -> mx.array:
+    """`(B, Hkv, R, S)` weights (scales applied) times the levels of packed stages: `(B, Hkv, R, D)`."""
+    return from_lanes(weights @ lane_levels(packed, dim, stages, weights.dtype), stages[0])
 
 
 def unpacked_levels(codes: mx.array, bits: int) -> mx.array:

@@ -18,7 +18,7 @@ import mlx.core as mx
 from ..packing import pack, packed_width, unpack
 from ..rotation import check_dim, rotate, unrotate
 from . import NO_STATISTICS, Codec, Plane, Planes, Published, Statistics
-from .scalar import SCALE_DTYPE, SHRINKAGE, dequantize, quantize, scaled_band, slot_levels, slot_scores, slot_sum
+from .scalar import SCALE_DTYPE, SHRINKAGE, dequantize, packed_scores, packed_sum, quantize, scaled_band
 
 PAPER = "TurboQuant, arXiv 2504.19874"
 _REPORTED = {1: 0.36, 2: 0.117, 3: 0.03, 4: 0.009}  # theorem 1, by bits
@@ -100,16 +100,16 @@ class TurboQuant(Codec):
         return rotate(queries, self.seed, self.rotation)
 
     def scores(self, queries: mx.array, planes: Planes, statistics: Statistics = NO_STATISTICS) -> mx.array:
-        levels = slot_levels(self._packed(planes), queries.shape[-1], self.stages, queries.dtype)
         scale = planes["scale"].astype(mx.float32).swapaxes(-1, -2)
-        return slot_scores(queries, levels).astype(mx.float32) * scale  # in half precision large keys overflow
+        scores = packed_scores(queries, self._packed(planes), self.stages)
+        return scores.astype(mx.float32) * scale  # in half precision large keys overflow
 
     def weighted_sum(
         self, weights: mx.array, planes: Planes, dim: int, statistics: Statistics = NO_STATISTICS
     ) -> mx.array:
-        levels = slot_levels(self._packed(planes), dim, self.stages, weights.dtype)
         scale = planes["scale"].astype(mx.float32).swapaxes(-1, -2)
-        return slot_sum((weights.astype(mx.float32) * scale).astype(weights.dtype), levels)
+        scaled = (weights.astype(mx.float32) * scale).astype(weights.dtype)
+        return packed_sum(scaled, self._packed(planes), dim, self.stages)
 
     def untransform_output(self, output: mx.array, statistics: Statistics = NO_STATISTICS) -> mx.array:
         return unrotate(output, self.seed, self.rotation)

@@ -18,7 +18,7 @@ from ..packing import pack, packed_width, unpack
 from ..rotation import check_dim, rotate, unrotate
 from . import NO_STATISTICS, Codec, Plane, Planes, Published, Statistics
 from .qjl import excess, mean_coordinate, sign_scores, signs_of, sketch_rotation
-from .scalar import SCALE_DTYPE, dequantize, quantize, scaled_band, slot_levels, slot_scores
+from .scalar import SCALE_DTYPE, dequantize, packed_scores, quantize, scaled_band
 from .turboquant import PAPER
 
 _REPORTED = {1: 1.57, 2: 0.56, 3: 0.18, 4: 0.047}  # theorem 2, by bits, times 1 / D
@@ -92,7 +92,6 @@ class TurboQuantProd(Codec):
 
     def scores(self, queries: mx.array, planes: Planes, statistics: Statistics = NO_STATISTICS) -> mx.array:
         dim = queries.shape[-1] // 2
-        levels = slot_levels([planes["codes"]], dim, (self.bits - 1,), queries.dtype)
         scale, norm = (planes[name].astype(mx.float32).swapaxes(-1, -2) for name in ("scale", "norm"))
-        scores = slot_scores(queries[..., :dim], levels).astype(mx.float32) * scale
+        scores = packed_scores(queries[..., :dim], [planes["codes"]], (self.bits - 1,)).astype(mx.float32) * scale
         return scores + sign_scores(queries[..., dim:], planes["signs"]) * (norm * (1.0 / (dim * mean_coordinate(dim))))
