@@ -20,6 +20,7 @@ from ..rotary import read_rotary
 from ..schemes import format_scheme, list_schemes, parse_scheme
 from .arguments import MODEL_HELP, UsageError, add_arch_option, add_command, note, positive
 from .calibrate import run_allocation
+from .kernels import run_kernels
 from .live import add_live_options, run_live
 from .models import load_model
 
@@ -160,6 +161,8 @@ def _run_inspect(options: argparse.Namespace) -> int:
         raise UsageError("--prompt must go with --live, got it alone; add --live or leave it out")
     schemes = [format_scheme(parse_scheme(scheme)) for scheme in options.kv_scheme or DEFAULT_SCHEMES]
     loaded = load_model(options.model, False, lazy=True)
+    if options.kernels:
+        return run_kernels(options, loaded.model, loaded.source, list(dict.fromkeys(schemes)))
     plans = [
         _plan(loaded.model, scheme, options.unknown_arch, loaded.source) for scheme in dict.fromkeys((FP16, *schemes))
     ]
@@ -253,6 +256,7 @@ def add_commands(commands: Any) -> None:
         "Show a model's layers, what schemes do to each, and the memory of its KV cache. Weights are not read, but for "
         "--live, which runs the model.",
         "  kvq inspect demo:gemma3\n"
+        "  kvq inspect demo:smollm2 --kernels --kv-scheme tq4 --kv-scheme affine4\n"
         "  kvq inspect demo:smollm2 --live --kv-scheme rvq1 --prompt @text.txt\n"
         "  kvq inspect ./model --kv-scheme rvq1 --kv-scheme tq4,edges=2 --contexts 4096 65536 --json\n"
         "  kvq inspect --allocation kvq_calibration.safetensors --kv-scheme tq@2.5 --plot bits.png",
@@ -271,6 +275,11 @@ def add_commands(commands: Any) -> None:
         default=list(DEFAULT_CONTEXTS),
         metavar="N",
         help="tokens (default: " + " ".join(map(str, DEFAULT_CONTEXTS)) + ")",
+    )
+    inspect.add_argument(
+        "--kernels",
+        action="store_true",
+        help="which kernels run on this device, and why not others, in place of memory",
     )
     add_live_options(inspect)
     inspect.add_argument(
