@@ -21,7 +21,7 @@ from mlx_kvq_plugin.kernels.launch import Launch
 from mlx_kvq_plugin.rotary import Rotary
 
 # Relative errors of the whole output, and of a row of it, by dtype of queries.
-LIMITS = {mx.float32: (3e-3, 8e-3), mx.float16: (3e-3, 8e-3), mx.bfloat16: (4e-3, 1e-2)}
+LIMITS = {mx.float32: (4e-3, 1.2e-2), mx.float16: (4e-3, 1.2e-2), mx.bfloat16: (5e-3, 1.3e-2)}
 MASKED = -1e9  # what mlx-lm's models add to a masked score
 
 
@@ -154,6 +154,12 @@ def as_float64(x: Any) -> Any:
     return np.array(x.astype(mx.float32), np.float64) if isinstance(x, mx.array) else x
 
 
+def errors_of_rows(got: Any, expected: Any) -> Any:
+    """Relative errors `(B, Hq, L)` of the outputs of queries."""
+    lost, sizes = (np.linalg.norm(x, axis=-1) for x in (got - expected, expected))
+    return lost / np.maximum(sizes, 1e-30)
+
+
 def errors(got: Any, expected: Any) -> tuple[float, float]:
     """Relative errors: of the output as a whole, and the largest of a row (one query of one head).
 
@@ -162,9 +168,8 @@ def errors(got: Any, expected: Any) -> tuple[float, float]:
     got, expected = as_float64(got), as_float64(expected)
     if got.shape != expected.shape or not np.all(np.isfinite(got)):
         return float("inf"), float("inf")
-    lost, sizes = (np.linalg.norm(x, axis=-1) for x in (got - expected, expected))
-    whole = np.linalg.norm(lost) / max(np.linalg.norm(sizes), 1e-30)
-    return float(whole), float((lost / np.maximum(sizes, 1e-30)).max())
+    whole = np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-30)
+    return float(whole), float(errors_of_rows(got, expected).max())
 
 
 def compare(config: Config, got: mx.array, expected: Any) -> None:
