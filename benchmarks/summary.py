@@ -171,6 +171,66 @@ def serving() -> str:
     return f"`python benchmarks/serve.py`; {found['machine']}.\n\n{table(head, rows)}"
 
 
+def on_gpu(name: str) -> dict[str, Any] | None:
+    """Machine and rows of a benchmark if its stored run was on a GPU; `None` without one."""
+    if not (RESULTS / f"{name}.json").exists():
+        return None
+    found = results(name)
+    return found if found["machine"].startswith("Device(gpu") else None
+
+
+def kernels() -> str:
+    """Kernels alone and whole models on a GPU, of what is stored; empty without a run on one."""
+    parts = []
+    found = on_gpu("decode_gpu")
+    if found:
+        rows = [
+            [f"{r['tokens']:,}" + (f" x {r['batch']}" if r["batch"] > 1 else ""), f"`{r['scheme']}`"]
+            + [f"{r['ms']:.2f}", f"{1e3 * r['batch'] / r['ms']:,.0f}", f"{r['ratio']:.2f}x"]
+            for r in found["rows"]
+        ]
+        head = ["tokens stored (x sequences)", "scheme", "ms a step", "tokens/s", "speed against `KVCache`"]
+        about = "a model of Qwen3-8B's shape with random 4-bit weights"
+        parts.append(_gpu_part("Decoding", "decode_gpu.py", found, about, table(head, rows)))
+    found = on_gpu("prefill_memory")
+    if found:
+        rows = [
+            [f"{r['tokens']:,}", f"`{r['scheme']}`", f"{r['seconds']:.2f}", f"{r['time_ratio']:.2f}"]
+            + [f"{r['peak_mib']:,.0f}", f"{r['peak_ratio']:.2f}"]
+            for r in found["rows"]
+        ]
+        head = ["tokens", "scheme", "seconds", "of `KVCache`'s", "peak MiB of caches and attention", "of `KVCache`'s"]
+        parts.append(_gpu_part("Prefill", "prefill_memory.py", found, "the same model", table(head, rows)))
+    found = on_gpu("attention")
+    if found:
+        rows = [
+            [f"{r['tokens']:,}", f"`{r['scheme']}`", f"{r['us']:.0f}", f"{r['host_us']:.0f}"]
+            + [f"{r['ratio']:.2f}x", f"{r['tb_s']:.2f}", f"{r['of_copy']:.0%}"]
+            for r in found["rows"]
+        ]
+        head = ["tokens", "scheme", "us a call", "of them building it", "speed against fp16", "TB/s", "of a copy's"]
+        about = "32 query and 8 KV heads of 128 channels, one new token, chains of calls"
+        parts.append(_gpu_part("Attention alone", "attention.py --store", found, about, table(head, rows)))
+    found = on_gpu("kernel_encode_decode")
+    if found:
+        rows = [
+            [r["kernel"], f"`{r['scheme']}`", f"{r['tokens']:,}", f"{r['us']:.0f}", f"{r['plain_us']:.0f}"]
+            + [f"{r['tb_s']:.2f}", f"{r['of_copy']:.0%}"]
+            for r in found["rows"]
+        ]
+        head = ["kernel", "scheme", "tokens", "us a call", "us of plain operations", "TB/s", "of a copy's"]
+        about = "8 KV heads of 128 channels"
+        command = "kernel_encode_decode.py --store"
+        parts.append(_gpu_part("Encoding and decoding alone", command, found, about, table(head, rows)))
+    return "\n\n".join(parts)
+
+
+def _gpu_part(title: str, command: str, found: dict[str, Any], about: str, content: str) -> str:
+    device = found["rows"][0].get("device", "")
+    where = f"{device}, {found['machine']}" if device else found["machine"]
+    return f"### {title}\n\n`python benchmarks/{command}`: {about}; {where}.\n\n{content}"
+
+
 def inserted(text: str, content: str) -> str:
     """`text` with `content` between the markers."""
     return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{content}\n{END}", text, flags=re.DOTALL)
@@ -181,6 +241,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "docs/measurements.md": measurements,
     "docs/quality.md": quality_tables,
     "docs/allocation.md": allocation,
+    "docs/kernels.md": kernels,
     "docs/serving.md": serving,
 }
 
