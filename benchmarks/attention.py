@@ -22,9 +22,10 @@ from common import machine, print_table, store
 
 import mlx_kvq_plugin as kvq
 from mlx_kvq_plugin.attention import AttendArgs, attend
-from mlx_kvq_plugin.cache import KVQCache, tile_rows
+from mlx_kvq_plugin.cache import KVQCache
 from mlx_kvq_plugin.codecs import Codec
 from mlx_kvq_plugin.frame import KeyFrame
+from mlx_kvq_plugin.growth import tile_rows
 from mlx_kvq_plugin.rotary import Rotary
 
 BEYOND_CACHE = 256 * 2**20  # bytes that a chain goes through before it comes back to the first

@@ -18,9 +18,10 @@ from typing import Any, ClassVar, cast
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_cache
 
-from .cache import GPU_BLOCK, KVQCache
+from .cache import KVQCache
 from .config import LayerSpec
 from .errors import CacheStateError
+from .growth import GPU_BLOCK
 from .handle import KVHandle
 from .kernels.dispatch import why_not_pending
 

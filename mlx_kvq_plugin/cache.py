@@ -1,6 +1,6 @@
 """KVQCache: one layer's tokens, a few of them dense, the rest packed.
 
-Token order is `sinks | packed | recent`. The first `sinks` tokens and the last `recent` (up to `BLOCK` more between
+Token order is `sinks | packed | recent`. The first `sinks` tokens and the last `recent` (up to a block more between
 two encodings) live in one dense buffer of the model's dtype; everything between is stored as the codecs' planes. A
 token is encoded once, never again. `update_and_fetch` returns a `KVHandle` instead of arrays; the routed attention
 (attention.py) computes on it and then lets the cache pack what overflows.
@@ -20,8 +20,8 @@ from .cache_state import meta_of, pad_tokens, restore, state_of
 from .config import LayerSpec
 from .errors import CacheStateError
 from .frame import MIN_TOKENS, SKIP_TOKENS, KeyFrame, fit_frame, query_energy
+from .growth import Growth, tile_rows
 from .handle import KVHandle
-from .kernels.build import backend
 from .kernels.encode import encode_block, why_not_encode
 from .planes import Rows, expanded, shared_planes, with_new_rows, without_newest
 from .rotary import Rotary, no_rotation
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
     from .batch import BatchKVQCache
     from .kernels.attend import FusedPlan
 
-BLOCK = 8  # tokens between two encodings during decoding, and the least the planes grow by
-GPU_BLOCK = 32  # the same on GPUs, where a packing costs as much time as a few steps' attention
-GPU_STEP = 256  # tokens that planes grow by there
-TILE = 64  # tokens that kernels go through at a time
 STEP_TOKENS = 16  # a call with at most this many new tokens is a decode (or verification) step, not prefill
 
 Planes = dict[str, mx.array]
@@ -53,32 +49,6 @@ def flat_caches(caches: Sequence[Any]) -> Iterator[Any]:
             yield from flat_caches(cache.caches)
         else:
             yield cache
-
-
-def tile_rows(tokens: int) -> int:
-    """`tokens` up to whole tiles of 64."""
-    return -(-tokens // TILE) * TILE
-
-
-def packing_block() -> int:
-    """Tokens between two encodings during decoding, on the default device."""
-    return GPU_BLOCK if backend() else BLOCK
-
-
-def plane_capacity(tokens: int, step: bool = True, first: bool = False) -> int:
-    """Tokens allocated for `tokens` packed ones when planes grow: while decoding, room for at most 1/256 more.
-
-    On a GPU whole tiles, which kernels read to their end, and while decoding, since growing takes launches, a multiple
-    of `GPU_STEP`, as mlx-lm's own cache does.
-
-    Args:
-        step: whether tokens come in decode steps, not in prefill chunks.
-        first: whether the planes had no tokens before.
-    """
-    if backend():
-        unit = GPU_STEP if step else TILE
-        return -(-tokens // unit) * unit
-    return tokens + (max(0, tokens // 256 // BLOCK - 1) * BLOCK if step and not first else 0)
 
 
 class _Plans(dict[object, "FusedPlan"]):
@@ -108,7 +78,8 @@ class KVQCache(_BaseCache):
         self.exact = self.key_codec.exact and self.value_codec.exact  # decoding gives back the input bit for bit
         self.uses_frame = spec.framed  # whether keys are encoded in the rotary frame
         self._group = math.lcm(self.key_codec.group, self.value_codec.group)
-        self.block = math.lcm(packing_block(), self._group)  # between two encodings when decoding
+        self.growth = Growth.of(self.key_codec, self.value_codec)
+        self.block = math.lcm(self.growth.block, self._group)  # tokens between two encodings during decoding
         self.rotary = rotary if rotary is not None else no_rotation()
         self.route = route
         self.shared = shared
@@ -223,11 +194,11 @@ class KVQCache(_BaseCache):
     def _append_dense(self, keys: mx.array, values: mx.array) -> None:
         start, stop = self._dense, self._dense + keys.shape[2]
         if self.dense_keys is None or self.dense_values is None:
-            room = packing_block() if keys.shape[2] <= STEP_TOKENS else 0
+            room = self.growth.block if keys.shape[2] <= STEP_TOKENS else 0
             self.dense_keys = pad_tokens(owned(keys), room - keys.shape[2])
             self.dense_values = pad_tokens(owned(values), room - values.shape[2])
         elif stop > self.dense_keys.shape[2]:
-            room = packing_block() if keys.shape[2] <= STEP_TOKENS else 0
+            room = self.growth.block if keys.shape[2] <= STEP_TOKENS else 0
             self.dense_keys = self._grown(self.dense_keys, keys, room)
             self.dense_values = self._grown(self.dense_values, values, room)
         else:
@@ -354,7 +325,7 @@ class KVQCache(_BaseCache):
         """Encode the `count` dense tokens after the sinks and drop them from the dense buffers."""
         left = self._dense - count
         room = max(left, self.spec.sinks + self.spec.recent + self.block)
-        encode = encode_block if backend() and not why_not_encode(self) else self._encoded
+        encode = encode_block if self.growth.kernels and not why_not_encode(self) else self._encoded
         new_keys, new_values, keys, values = encode(self, self.sink_tokens, count, room)
         self._append_planes(new_keys, new_values, count)
         self.dense_keys, self.dense_values, self._dense = keys, values, left
@@ -401,7 +372,7 @@ class KVQCache(_BaseCache):
         """Add `count` tokens after the live ones: in place where they fit, else in one copy of the planes."""
         start, stop = self._packed_start, self._packed_start + self._packed
         fits = self._packed > 0 and stop + count <= self.plane_rows
-        room = plane_capacity(self._packed + count, self._step, not self._packed) - self._packed - count
+        room = self.growth.capacity(self._packed + count, self._step, not self._packed) - self._packed - count
 
         def appended(planes: Planes, new: Planes, shared: Mapping[str, int]) -> Planes:
             if not self._packed:
@@ -560,7 +531,7 @@ class KVQCache(_BaseCache):
     def _fit_planes(self) -> None:
         """Give back the rows of trimmed tokens when they are more than growth would allocate."""
         self._cut_shared_planes(oldest=False)
-        if self.plane_rows > plane_capacity(self._packed):
+        if self.plane_rows > self.growth.capacity(self._packed):
             self.key_planes, self.value_planes = self.live_planes()
             self._packed_start = 0
 

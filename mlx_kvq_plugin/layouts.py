@@ -17,9 +17,10 @@ from typing import Any
 from mlx_lm.models import cache as mlx_cache
 
 from .adapters import LayerGeometry
-from .cache import STEP_TOKENS, KVQCache, packing_block, plane_capacity
+from .cache import STEP_TOKENS, KVQCache
 from .codecs import Codec
 from .frame import MIN_TOKENS, SKIP_TOKENS
+from .growth import Growth
 from .sliding import SlidingKVQCache
 
 CHUNK = 2048  # tokens of a prefill chunk in mlx-lm
@@ -36,6 +37,7 @@ class PackedLayout:
         token: of a dense token, K and V.
         planes: of a row of each plane, with the tokens that share the row.
         group, block: tokens that are encoded together, and between two encodings of single tokens.
+        growth: how buffers grow.
         energy, statistics: of the query energies before the statistics are frozen, and of these.
         sinks, recent: tokens kept dense.
         needed: tokens that the statistics need, 0 without any.
@@ -48,6 +50,7 @@ class PackedLayout:
     planes: tuple[tuple[int, int], ...]
     group: int
     block: int
+    growth: Growth
     energy: int
     statistics: int
     sinks: int
@@ -120,6 +123,7 @@ def _packed_layout(geometry: LayerGeometry, cache: KVQCache, token: int, dtype: 
         planes=rows(keys, dim, "float32" if cache.uses_frame else dtype) + rows(values, geometry.value_dim, dtype),
         group=math.lcm(keys.group, values.group),
         block=cache.block,
+        growth=cache.growth,
         energy=4 * heads * dim if cache.uses_frame else 0,
         statistics=round(heads * statistics),
         sinks=cache.spec.sinks,
@@ -165,7 +169,7 @@ class _Packed:
         if self.layout.window is not None:
             self._evict(self.layout.window - 1)
             self._compact()
-        room = packing_block() if count <= STEP_TOKENS else 0
+        room = self.layout.growth.block if count <= STEP_TOKENS else 0
         if self.dense + count > self.capacity:
             self.capacity = self.dense + max(count, room)
         self.dense += count
@@ -200,9 +204,9 @@ class _Packed:
     def _pack(self, count: int) -> None:
         stop = self.start + self.packed + count
         if not self.packed:
-            self.start, self.gone, self.rows = 0, 0, plane_capacity(count, self.step, first=True)
+            self.start, self.gone, self.rows = 0, 0, self.layout.growth.capacity(count, self.step, first=True)
         elif stop > self.rows:
-            self.start, self.rows = 0, plane_capacity(self.packed + count, self.step)
+            self.start, self.rows = 0, self.layout.growth.capacity(self.packed + count, self.step)
         self.packed += count
         self.dense -= count
         self.capacity = max(self.dense, self.layout.sinks + self.layout.recent + self.layout.block)

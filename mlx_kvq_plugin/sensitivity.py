@@ -26,9 +26,10 @@ import numpy.typing as npt
 
 from .allocation import KEY, VALUE
 from .attention import AttendArgs, masked_scores, softmax_weights
-from .cache import BLOCK, KVQCache
+from .cache import KVQCache
 from .errors import CalibrationError
 from .frame import SKIP_TOKENS, fit_frame, query_energy
+from .growth import BLOCK
 from .loading import LayerPlan
 
 Array = npt.NDArray[np.float64]

@@ -1,4 +1,4 @@
-"""Cases of fused attention: caches with packed tokens, calls on them, and what float64 and plain operations make of it."""
+"""Cases of fused attention: caches with packed tokens, calls on them, what float64 and plain operations make of it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Case:
 
 
 def filled(case: Case) -> KVQCache:
-    """A cache that holds `case.tokens` tokens from position `case.first` on, most of them packed, the newest appended."""
+    """A cache of `case.tokens` tokens from position `case.first` on, most of them packed, the newest appended."""
     mx.random.seed(case.seed)
     (Dk, Dv), (_, Hkv), B = case.dims, case.heads, case.batch
     rotary = rotary_of(Dk, case.pairs, case.layout, case.magnitude) if case.pairs != 0 else no_rotation()

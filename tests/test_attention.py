@@ -18,9 +18,10 @@ from mlx_kvq_plugin.attention import (
     attend_decoded,
     attend_packed,
 )
-from mlx_kvq_plugin.cache import BLOCK, KVQCache
+from mlx_kvq_plugin.cache import KVQCache
 from mlx_kvq_plugin.config import LayerSpec
 from mlx_kvq_plugin.errors import AttentionError
+from mlx_kvq_plugin.growth import BLOCK
 from mlx_kvq_plugin.rotary import Rotary
 from mlx_kvq_plugin.routing import RoutedAttention
 from mlx_kvq_plugin.sliding import SlidingKVQCache

@@ -17,11 +17,12 @@ from mlx.utils import tree_map
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from mlx_kvq_plugin.cache import BLOCK, STEP_TOKENS, KVQCache
+from mlx_kvq_plugin.cache import STEP_TOKENS, KVQCache
 from mlx_kvq_plugin.codecs import get_codec
 from mlx_kvq_plugin.config import LayerSpec
 from mlx_kvq_plugin.errors import CacheStateError
 from mlx_kvq_plugin.frame import MIN_TOKENS, SKIP_TOKENS
+from mlx_kvq_plugin.growth import BLOCK
 from mlx_kvq_plugin.rotary import Rotary, turn
 from mlx_kvq_plugin.routing import RoutedAttention
 from mlx_kvq_plugin.sliding import SlidingKVQCache, smallest_window

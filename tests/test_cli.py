@@ -24,8 +24,8 @@ from mlx_lm.generate import main as mlx_lm_main
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import mlx_kvq_plugin as kvq
-from mlx_kvq_plugin.cache import BLOCK
 from mlx_kvq_plugin.cli import main
+from mlx_kvq_plugin.growth import BLOCK
 
 LLAMA = {**tiny_models.BASE, "model_type": "llama", "head_dim": 64, "eos_token_id": 96}
 TEMPLATE = (

@@ -34,8 +34,8 @@ from watched_caches import (
 )
 
 import mlx_kvq_plugin as kvq
-from mlx_kvq_plugin.cache import BLOCK
 from mlx_kvq_plugin.frame import MIN_TOKENS, SKIP_TOKENS
+from mlx_kvq_plugin.growth import BLOCK
 
 FITTED = ("tq2.5", "tq4o16", "tq4+tq2.5")
 

@@ -70,6 +70,11 @@ class CodeLayout:
         return self.dim * self.wide // 8
 
 
+def has_kernels(codec: Codec) -> bool:
+    """Whether kernels read the codec's planes at some head sizes."""
+    return type(codec) in (TurboQuant, RVQ) and codec.rotation == HADAMARD
+
+
 def why_not_codes(codec: Codec, dim: int) -> str:
     """Why kernels cannot read the codec's planes at a head size; empty if they can."""
     if type(codec) not in (TurboQuant, RVQ):
