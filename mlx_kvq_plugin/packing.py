@@ -9,12 +9,15 @@ ever straddles a byte. ``dim`` must be a multiple of 8.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 
 from .errors import CodecError
 
+_WORDS = (mx.uint64, mx.uint32, mx.uint16, mx.uint8)
 _FIELD_WIDTHS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
 
 
@@ -93,61 +96,103 @@ def slot_codes(sources: list[mx.array], dim: int, bits: int) -> list[mx.array]:
     return slots
 
 
-def lanes(dim: int, bits: int) -> int:
-    """L, the slots in one integer of `lane_words`."""
-    return min(4, dim // slot_width(dim, bits))
+def has_lanes(bits: int) -> bool:
+    """Whether rows of `bits` bits have one field, whose bytes hold few codes: `lane_codes` unpacks them."""
+    return bits in (2, 4)
 
 
-def lane_words(sources: list[mx.array], dim: int, bits: int) -> list[mx.array]:
-    """Codes of L slots a word, the slot in the byte: `(..., slot width)` uint16 or uint32 for each part of the slots.
+def lane_codes(packed: mx.array, bits: int) -> mx.array:
+    """`unpack` of rows with lanes, `(..., D)` uint8 in the order of lanes (`to_lanes`): one operation on whole rows.
 
-    From `slot_sources`; elementwise, so it fuses under compile.
+    Each byte becomes an integer of as many bytes as it holds codes, which stay beside each other.
     """
-    width, count = slot_width(dim, bits), lanes(dim, bits)
-    dtype = mx.uint16 if count == 2 else mx.uint32
-    found = []
-    for part in range(dim // width // count):
-        word = None
-        for field in fields(dim, bits):
-            runs = (field.stop - field.start) // width
-            first = field.start // width
-            bytes_ = sources[first].astype(dtype)
-            for i in range(1, runs):
-                bytes_ = bytes_ | (sources[first + i].astype(dtype) << (8 * i))
-            passed = part * count // runs * field.width
-            lane = _spread(bytes_ >> passed if passed else bytes_, field.width, runs, count)
-            lane = lane << field.shift if field.shift else lane
-            word = lane if word is None else word | lane
-        assert word is not None
-        found.append(word)
-    return found
+    return _spread(bits)(packed).view(mx.uint8)
 
 
-def _spread(x: mx.array, width: int, runs: int, count: int) -> mx.array:
-    """The lowest codes of the `runs` bytes of every integer to its `count` byte lanes: of byte k to k + j runs."""
-    mask = sum(((1 << width) - 1) << (8 * i) for i in range(count))
-    if width == 1 and count == 4:
-        return ((x & 15) * 0x00204081) & mask  # four copies, seven bits apart
-    spread = x
-    for j in range(1, count // runs):
-        spread = spread | (x << (j * (8 * runs - width)))
-    return spread & mask
+@cache
+def _spread(bits: int) -> Callable[[mx.array], mx.array]:
+    """Compiled: slot i of every byte to byte i of an integer."""
+    slots = 8 // bits
+    mask = sum(((1 << bits) - 1) << (8 * i) for i in range(slots))
+
+    def spread(packed: mx.array) -> mx.array:
+        x = packed.astype(mx.uint16 if slots == 2 else mx.uint32)
+        total = x
+        for i in range(1, slots):
+            total = total | (x << (i * (8 - bits)))
+        return total & mask
+
+    return mx.compile(spread, shapeless=True)
 
 
 def to_lanes(x: mx.array, bits: int) -> mx.array:
-    """Channels `(..., D)` in the order of the bytes of `lane_words`."""
-    dim = x.shape[-1]
-    count = lanes(dim, bits)
-    split = x.reshape(*x.shape[:-1], -1, count, slot_width(dim, bits))
-    return split.swapaxes(-1, -2).reshape(x.shape)
+    """Channels `(..., D)` in the order of `lane_codes`: those of one byte side by side."""
+    return x.reshape(*x.shape[:-1], 8 // bits, -1).swapaxes(-1, -2).reshape(x.shape)
 
 
 def from_lanes(x: mx.array, bits: int) -> mx.array:
     """Inverse of `to_lanes`."""
-    dim = x.shape[-1]
-    count = lanes(dim, bits)
-    split = x.reshape(*x.shape[:-1], -1, slot_width(dim, bits), count)
-    return split.swapaxes(-1, -2).reshape(x.shape)
+    return x.reshape(*x.shape[:-1], -1, 8 // bits).swapaxes(-1, -2).reshape(x.shape)
+
+
+def word_codes(packed: Sequence[mx.array], dim: int, stages: tuple[int, ...]) -> mx.array:
+    """Codes `(..., D)` uint8 of packed stages `(..., D * bits / 8)`, the first the highest bits, in one operation.
+
+    The same as `unpack` of each stage, shifted and joined, but on integers of up to 8 bytes: a slot's bytes are
+    neighbours and so are its channels.
+    """
+    word, sources, steps, join = _word_reader(dim, stages)
+    size = word.size
+    views = [plane.view(word) for plane in packed]
+    runs = [
+        views[stage][..., start // size : stop // size].reshape(*packed[0].shape[:-1], *shape)
+        for stage, start, stop, shape in sources
+    ]
+    return join(*runs, *steps).reshape(*packed[0].shape[:-1], dim // size).view(mx.uint8)
+
+
+_Source = tuple[int, int, int, tuple[int, ...]]  # stage, first byte, end, shape of the words
+
+
+@cache
+def _word_reader(
+    dim: int, stages: tuple[int, ...]
+) -> tuple[mx.Dtype, list[_Source], list[mx.array], Callable[..., mx.array]]:
+    """What `word_codes` needs: the integer, its runs of them, how far they are shifted, and the compiled function.
+
+    Codes are `(widest fields' slots, narrow slots in one of them, words of a narrow slot)`; axes of size 1 left out.
+    """
+    shift, found = sum(stages), []
+    for stage, bits in enumerate(stages):
+        shift -= bits
+        found += [(stage, field, shift + field.shift) for field in fields(dim, bits)]
+    widths = [field.width for _, field, _ in found]
+    wide, narrow = max(widths), min(widths)
+    word = next(dtype for dtype in _WORDS if dim * narrow // 8 % dtype.size == 0)
+    axes = (8 // wide, wide // narrow, dim * narrow // 8 // word.size)
+
+    def shaped(*sizes: int) -> tuple[int, ...]:
+        return tuple(size for size, whole in zip(sizes, axes, strict=True) if whole > 1)
+
+    sources, steps = [], []
+    for stage, field, _ in found:
+        inner = axes[1] if field.width == wide else 1
+        sources.append((stage, field.start, field.stop, shaped(1, inner, axes[2])))
+        step = mx.arange(0, 8, field.width).astype(word)
+        steps.append(step.reshape(shaped(axes[0], 8 // field.width // axes[0], 1)))
+    mx.eval(steps)  # lazy arrays cannot cross threads
+    ones = sum(1 << (8 * i) for i in range(word.size))
+
+    def join(*arrays: mx.array) -> mx.array:
+        total = None
+        for (_, field, up), run, step in zip(found, arrays[: len(found)], arrays[len(found) :], strict=True):
+            codes = (run >> step) & (ones * ((1 << field.width) - 1))
+            codes = codes << up if up else codes
+            total = codes if total is None else total | codes
+        assert total is not None
+        return total
+
+    return word, sources, steps, mx.compile(join, shapeless=True)
 
 
 def unpack(packed: mx.array, dim: int, bits: int) -> mx.array:

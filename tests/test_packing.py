@@ -10,7 +10,8 @@ from mlx_kvq_plugin.errors import CodecError
 from mlx_kvq_plugin.packing import (
     fields,
     from_lanes,
-    lane_words,
+    has_lanes,
+    lane_codes,
     pack,
     packed_width,
     slot_codes,
@@ -18,6 +19,7 @@ from mlx_kvq_plugin.packing import (
     slot_width,
     to_lanes,
     unpack,
+    word_codes,
 )
 
 BITS = (1, 2, 3, 4, 5, 6)
@@ -106,14 +108,35 @@ def test_slots_are_runs_of_channels(bits: int, dim: int) -> None:
         np.testing.assert_array_equal(np.array(slot), codes[..., i * width : (i + 1) * width])
 
 
-@each_bits
 @each_dim
-def test_bytes_of_words_are_the_codes_in_the_order_of_lanes(bits: int, dim: int) -> None:
-    codes = mx.array(random_codes((2, 1, 3, dim), bits))
-    words = lane_words(slot_sources(pack(codes, bits), dim, bits), dim, bits)
-    found = mx.concatenate(words, axis=-1).view(mx.uint8)
-    np.testing.assert_array_equal(np.array(found), np.array(to_lanes(codes, bits)))
-    np.testing.assert_array_equal(np.array(from_lanes(found, bits)), np.array(codes))
+@pytest.mark.parametrize("bits", [bits for bits in BITS if has_lanes(bits)])
+def test_lanes_are_the_codes_of_one_byte_side_by_side(bits: int, dim: int) -> None:
+    codes = random_codes((2, 1, 3, dim), bits)
+    found = lane_codes(pack(mx.array(codes), bits), bits)
+    slots = codes.reshape(2, 1, 3, 8 // bits, -1)
+    beside = np.stack([slots[..., i, :] for i in range(8 // bits)], axis=-1).reshape(codes.shape)
+    np.testing.assert_array_equal(np.array(found), beside)
+    np.testing.assert_array_equal(np.array(to_lanes(mx.array(codes), bits)), beside)
+    np.testing.assert_array_equal(np.array(from_lanes(found, bits)), codes)
+
+
+@each_dim
+@pytest.mark.parametrize("stages", [*((bits,) for bits in BITS), (1, 1), (2, 2), (3, 3), (1, 2)])
+def test_words_unpack_to_the_joined_codes_of_all_stages(stages: tuple[int, ...], dim: int) -> None:
+    codes = [mx.array(random_codes((2, 1, 3, dim), bits)) for bits in stages]
+    joined = np.zeros((2, 1, 3, dim), dtype=np.uint8)
+    for stage, bits in zip(codes, stages, strict=True):
+        joined = (joined << bits) | np.array(stage)
+    found = word_codes([pack(stage, bits) for stage, bits in zip(codes, stages, strict=True)], dim, stages)
+    np.testing.assert_array_equal(np.array(found), joined)
+
+
+@pytest.mark.parametrize("stages", [(3,), (1, 1)])
+def test_words_are_read_from_a_part_of_the_rows(stages: tuple[int, ...]) -> None:
+    codes = mx.array(random_codes((2, 3, 9, 64), sum(stages)))
+    planes = [pack(codes, 3)] if len(stages) == 1 else [pack(codes >> 1, 1), pack(codes & 1, 1)]
+    found = word_codes([plane[:, :, 2:7] for plane in planes], 64, stages)
+    np.testing.assert_array_equal(np.array(found), np.array(codes[:, :, 2:7]))
 
 
 @each_bits

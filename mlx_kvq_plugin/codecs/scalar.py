@@ -1,4 +1,4 @@
-"""What the rotated scalar quantizers share: sorted Gaussian codes, their scale, and products on packed slots.
+"""What the rotated scalar quantizers share: sorted Gaussian codes, their scale, and products with packed codes.
 
 A token is rotated, divided by its root mean square and quantized coordinate by coordinate with `odd_codebook`; one
 `scale` per token restores its size. Products with packed codes leave the rotation and the order of channels as they
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..codebooks import odd_codebook
-from ..packing import from_lanes, lane_words, slot_sources, slot_width, to_lanes
+from ..packing import from_lanes, has_lanes, lane_codes, to_lanes, word_codes
 from ..sphere import scaled_error
 from . import LEAST_SQUARES, NORM, UNBIASED
 
@@ -92,67 +92,74 @@ def nearest_codes(z: mx.array, bits: int) -> mx.array:
 
 
 def dequantize(codes: mx.array, scale: mx.array, bits: int, dtype: mx.Dtype) -> mx.array:
-    """Rotated tokens `(..., D)` in `dtype` from unpacked codes and scales: the plain twin of the slot products."""
+    """Rotated tokens `(..., D)` in `dtype` from unpacked codes and scales: the plain twin of the packed products."""
     return (_levels(codes, bits, mx.float32) * scale.astype(mx.float32)).astype(dtype)
 
 
-@cache
-def _lane_codes(dim: int, stages: tuple[int, ...]) -> Callable[..., list[mx.array]]:
-    """Compiled: byte runs of all stages (first stage = highest bits) to words with a code in each byte."""
-
-    def words(*sources: mx.array) -> list[mx.array]:
-        found: list[mx.array] = []
-        start, shift = 0, sum(stages)
-        for bits in stages:
-            count = dim * bits // 8 // slot_width(dim, bits)
-            shift -= bits
-            part = lane_words(list(sources[start : start + count]), dim, bits)
-            part = [word << shift for word in part] if shift else part
-            found = [a | b for a, b in zip(found, part, strict=True)] if found else part
-            start += count
-        return found
-
-    return mx.compile(words, shapeless=True)
-
-
-@cache
-def _lane_levels(bits: int, dtype_name: str) -> Callable[[mx.array], mx.array]:
-    """Compiled: codes to levels, the polynomial of `_levels` in i - (2^b - 1) / 2, a factor less for each code."""
-    dtype: mx.Dtype = getattr(mx, dtype_name)
+def _monic(bits: int) -> tuple[float, list[float]]:
+    """Level i of `odd_codebook` as a factor times v^n + c v^(n - 2) + ..., v = i - (2^b - 1) / 2; the rest: c, ..."""
     step = 2.0 / 2**bits
-    first, *rest = (c * step ** (2 * i + 1) for i, c in reversed(list(enumerate(odd_codebook(bits).coefficients))))
-
-    def levels(codes: mx.array) -> mx.array:
-        t = codes.astype(mx.float32) - (2**bits - 1) / 2
-        square = t * t
-        total: float | mx.array = first
-        for coefficient in rest:
-            total = total * square + coefficient
-        found: mx.array = (t * total).astype(dtype)
-        return found
-
-    return mx.compile(levels, shapeless=True)
+    scaled = [c * step ** (2 * i + 1) for i, c in enumerate(odd_codebook(bits).coefficients)]
+    return scaled[-1], [c / scaled[-1] for c in reversed(scaled[:-1])]
 
 
-def lane_levels(packed: Sequence[mx.array], dim: int, stages: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """Codebook levels `(B, Hkv, S, D)` of packed stages `(B, Hkv, S, D * bits / 8)`, channels in the order of lanes."""
-    sources: list[mx.array] = []
-    for plane, bits in zip(packed, stages, strict=True):
-        sources += slot_sources(plane, dim, bits)
-    words = _lane_codes(dim, stages)(*sources)
-    word = words[0] if len(words) == 1 else mx.concatenate(words, axis=-1)
-    return _lane_levels(sum(stages), str(dtype).removeprefix("mlx.core."))(word.view(mx.uint8))
+@cache
+def _decoder(bits: int, dtype_name: str) -> Callable[[mx.array], mx.array]:
+    """Compiled: codes to levels over `_factor`.
+
+    Tracing for all shapes counts two operations for each that has a constant, and fuses a chain of at most eleven: the
+    square is completed so that up to 4 bits take one pass.
+    """
+    dtype: mx.Dtype = getattr(mx, dtype_name)
+    unit = dtype == mx.float32
+    factor, rest = _monic(bits)
+
+    def decode(codes: mx.array) -> mx.array:
+        v = codes.astype(mx.float32) - (2**bits - 1) / 2
+        if not rest:
+            total: mx.array | float = 1.0
+        elif len(rest) == 1:
+            total = mx.square(v) + rest[0]
+        else:
+            half = 0.5 * rest[0]
+            total = mx.square(mx.square(v) + half) + (rest[1] - half * half)
+            for coefficient in rest[2:]:
+                total = total * mx.square(v) + coefficient
+        levels: mx.array = total * v
+        return levels if unit else (levels * factor).astype(dtype)
+
+    return mx.compile(decode, shapeless=True)
+
+
+def _factor(bits: int, dtype: mx.Dtype) -> float:
+    """What `packed_levels` are to be multiplied with; 1 in half precision, which could not hold them without."""
+    return _monic(bits)[0] if dtype == mx.float32 else 1.0
+
+
+def packed_levels(packed: Sequence[mx.array], dim: int, stages: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """Codebook levels `(B, Hkv, S, D)` over `_factor` of packed stages `(B, Hkv, S, D * bits / 8)`.
+
+    Channels are in the order of lanes (`packing.to_lanes`) where the rows have lanes.
+    """
+    lanes = len(stages) == 1 and has_lanes(stages[0])
+    codes = lane_codes(packed[0], stages[0]) if lanes else word_codes(packed, dim, stages)
+    return _decoder(sum(stages), str(dtype).removeprefix("mlx.core."))(codes)
 
 
 def packed_scores(queries: mx.array, packed: Sequence[mx.array], stages: tuple[int, ...]) -> mx.array:
     """`(B, Hkv, R, D)` queries times the levels of packed stages: `(B, Hkv, R, S)`, scales not applied."""
-    levels = lane_levels(packed, queries.shape[-1], stages, queries.dtype)
-    return (levels @ to_lanes(queries, stages[0]).swapaxes(-1, -2)).swapaxes(-1, -2)
+    levels = packed_levels(packed, queries.shape[-1], stages, queries.dtype)
+    if len(stages) == 1 and has_lanes(stages[0]):
+        queries = to_lanes(queries, stages[0])
+    queries = queries * _factor(sum(stages), queries.dtype)
+    return (levels @ queries.swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
 def packed_sum(weights: mx.array, packed: Sequence[mx.array], dim: int, stages: tuple[int, ...]) -> mx.array:
     """`(B, Hkv, R, S)` weights (scales applied) times the levels of packed stages: `(B, Hkv, R, D)`."""
-    return from_lanes(weights @ lane_levels(packed, dim, stages, weights.dtype), stages[0])
+    total = weights @ packed_levels(packed, dim, stages, weights.dtype)
+    total = total * _factor(sum(stages), weights.dtype)
+    return from_lanes(total, stages[0]) if len(stages) == 1 and has_lanes(stages[0]) else total
 
 
 def unpacked_levels(codes: mx.array, bits: int) -> mx.array:
