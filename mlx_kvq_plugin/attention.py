@@ -22,6 +22,7 @@ from .errors import AttentionError
 from .kernels.build import backend
 from .kernels.decode import decode_heads, why_not_decode
 from .kernels.dispatch import accepts_fused, accepts_rows, fused_attention, fused_rows, next_step, pending_rows
+from .packed_attention import attend_packed, grouped_mask
 
 if TYPE_CHECKING:
     from .batch import BatchKVQCache
@@ -199,91 +200,16 @@ def softcapped_attention(
     if isinstance(mask, str):
         mask = mx.arange(total - L, total)[:, None] >= mx.arange(total)
     if mask is not None and mask.dtype == mx.bool_:
-        scores = mx.where(_grouped(mask, Hkv), scores, mx.array(mx.finfo(scores.dtype).min, scores.dtype))
+        scores = mx.where(grouped_mask(mask, Hkv), scores, mx.array(mx.finfo(scores.dtype).min, scores.dtype))
     elif mask is not None:
-        scores = scores + _grouped(mask, Hkv)
+        scores = scores + grouped_mask(mask, Hkv)
     weights = mx.softmax(scores, precise=True, axis=-1)
     return (weights @ values[:, :, None]).reshape(B, Hq, L, values.shape[-1])
-
-
-def attend_packed(args: AttendArgs) -> mx.array:
-    """Scores and sums on the packed planes; reads the codes, allocates one layer's unpacked slots for K, then V."""
-    cache, queries = args.cache, args.queries
-    B, Hq, L, Dk = queries.shape
-    dense_keys, dense_values = cache.dense_tokens()
-    key_planes, value_planes = cache.packed_planes()
-    Hkv, Dv = dense_keys.shape[1], dense_values.shape[-1]
-    dtype = _product_dtype(queries.dtype)
-    q = (queries.astype(mx.float32) * args.scale).reshape(B, Hkv, Hq // Hkv * L, Dk)
-
-    packed_queries = q if cache.frame is None else cache.frame.scale_queries(q)
-    packed_queries = cache.key_codec.transform_queries(packed_queries, cache.key_statistics).astype(dtype)
-    packed = cache.key_codec.scores(packed_queries, key_planes, cache.key_statistics).astype(mx.float32)
-    if cache.frame is not None:
-        packed = packed + cache.frame.mean_scores(q, cache.packed_position, cache.packed_tokens)
-    dense = (q.astype(dtype) @ dense_keys.astype(dtype).swapaxes(-1, -2)).astype(mx.float32)
-
-    scores = mx.concatenate([dense, packed], axis=-1)
-    if args.softcap is not None:
-        scores = mx.tanh(scores / args.softcap) * args.softcap
-    scores = masked_scores(scores, args.mask, cache, Hq, L)
-    weights = softmax_weights(scores, args.sinks, Hkv, L).astype(dtype)
-
-    count = dense.shape[-1]
-    output = cache.value_codec.weighted_sum(weights[..., count:], value_planes, Dv, cache.value_statistics)
-    output = cache.value_codec.untransform_output(output, cache.value_statistics)
-    output = output + weights[..., :count] @ dense_values.astype(dtype)
-    return output.reshape(B, Hq, L, Dv).astype(queries.dtype)
 
 
 def attend_fused(args: AttendArgs) -> mx.array:
     """The kernels of kernels/attend.py: reads codes once, allocates the partial sums of its splits."""
     return fused_attention([args.cache], 0, args, args.mask)
-
-
-def _product_dtype(dtype: mx.Dtype) -> mx.Dtype:
-    """Products run in float32 on the CPU, where half precision is slow; bfloat16 would round scores too coarsely."""
-    return mx.float32 if mx.default_device() == mx.cpu or dtype == mx.float32 else mx.float16
-
-
-def masked_scores(scores: mx.array, mask: Mask, cache: KVQCache, Hq: int, L: int) -> mx.array:
-    """Apply a mask over tokens in order to scores `(B, Hkv, rep * L, T)` ordered dense first, packed last."""
-    total = scores.shape[-1]
-    if isinstance(mask, str):
-        if mask != "causal":
-            raise AttentionError(f'a mask given by name must be "causal", got {mask!r}; pass an array')
-        if L == 1:
-            return scores
-        mask = mx.arange(total - L, total)[:, None] >= mx.arange(total)
-    if mask is None:
-        return scores
-    sinks, packed = cache.sink_tokens, cache.packed_tokens
-    parts = [mask[..., :sinks], mask[..., sinks + packed :], mask[..., sinks : sinks + packed]]
-    mask = mx.concatenate(parts, axis=-1)
-    B, Hkv = scores.shape[:2]
-    grouped = scores.reshape(B, Hkv, Hq // Hkv, L, total)
-    mask = _grouped(mask, Hkv)
-    if mask.dtype == mx.bool_:
-        grouped = mx.where(mask, grouped, mx.finfo(mx.float32).min)
-    else:
-        grouped = grouped + mask.astype(mx.float32)
-    return grouped.reshape(scores.shape)
-
-
-def _grouped(mask: mx.array, Hkv: int) -> mx.array:
-    """A mask of up to four axes as `(B or 1, Hkv or 1, rep or 1, L, T)`."""
-    while mask.ndim < 4:
-        mask = mask[None]
-    return mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(mask.shape[0], Hkv, -1, *mask.shape[2:])
-
-
-def softmax_weights(scores: mx.array, sinks: mx.array | None, Hkv: int, L: int) -> mx.array:
-    """Softmax over the last axis of `(B, Hkv, rep * L, T)`, with sink logits `(Hq,)` in the denominator."""
-    if sinks is None:
-        return mx.softmax(scores, axis=-1, precise=True)
-    logits = mx.repeat(sinks.astype(mx.float32).reshape(Hkv, -1), L, axis=-1)  # row r * L + l of a group is head r
-    logits = mx.broadcast_to(logits[None, :, :, None], (*scores.shape[:-1], 1))
-    return mx.softmax(mx.concatenate([logits, scores], axis=-1), axis=-1, precise=True)[..., 1:]
 
 
 def _fits(args: AttendArgs) -> bool:

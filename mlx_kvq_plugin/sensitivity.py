@@ -25,12 +25,13 @@ import numpy as np
 import numpy.typing as npt
 
 from .allocation import KEY, VALUE
-from .attention import AttendArgs, masked_scores, softmax_weights
+from .attention import AttendArgs
 from .cache import KVQCache
 from .errors import CalibrationError
 from .frame import SKIP_TOKENS, fit_frame, query_energy
 from .growth import BLOCK
 from .loading import LayerPlan
+from .packed_attention import masked_scores, softmax_weights
 
 Array = npt.NDArray[np.float64]
 

@@ -1,0 +1,154 @@
+"""Attention of a step of few tokens on packed codes, as plain operations: the path of CPUs, and the oracle of kernels.
+
+Queries are rotated once, keys never are; values are summed in the transform domain and the sum is rotated back. What
+costs time on a CPU is kept in few large operations: one product of decoded levels a side (codecs/scalar.py), an
+exponential that vectorizes, weights that are normalized only after they are summed, and products of four rows where
+three are asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+from .errors import AttentionError
+
+if TYPE_CHECKING:
+    from .attention import AttendArgs, Mask
+    from .cache import KVQCache
+
+PADDED_ROWS = 4  # float32 products on CPUs take 30 to 45% longer with three rows of queries than with four
+
+
+def attend_packed(args: AttendArgs) -> mx.array:
+    """Scores and sums on the packed planes; reads the codes, allocates one layer's unpacked levels for K, then V."""
+    cache, queries = args.cache, args.queries
+    B, Hq, L, Dk = queries.shape
+    dense_keys, dense_values = cache.dense_tokens()
+    key_planes, value_planes = cache.packed_planes()
+    Hkv, Dv, count = dense_keys.shape[1], dense_values.shape[-1], dense_keys.shape[2]
+    rows, dtype = Hq // Hkv * L, product_dtype(queries.dtype)
+    q = (queries.astype(mx.float32) * args.scale).reshape(B, Hkv, rows, Dk)
+    if pads_rows(args, rows):
+        q = mx.pad(q, [(0, 0), (0, 0), (0, 1), (0, 0)])
+
+    packed_queries = q if cache.frame is None else cache.frame.scale_queries(q)
+    packed_queries = cache.key_codec.transform_queries(packed_queries, cache.key_statistics).astype(dtype)
+    packed = cache.key_codec.scores(packed_queries, key_planes, cache.key_statistics).astype(mx.float32)
+    if cache.frame is not None:
+        packed = packed + cache.frame.mean_scores(q, cache.packed_position, cache.packed_tokens)
+    dense = (q.astype(dtype) @ dense_keys.astype(dtype).swapaxes(-1, -2)).astype(mx.float32)
+
+    scores = mx.concatenate([dense, packed], axis=-1)
+    if args.softcap is not None:
+        scores = mx.tanh(scores / args.softcap) * args.softcap
+    scores = masked_scores(scores, args.mask, cache, Hq, L)
+    if dtype == mx.float32:
+        weights, total = softmax_parts(scores, args.sinks, Hkv, L)
+    else:
+        weights, total = softmax_weights(scores, args.sinks, Hkv, L).astype(dtype), None
+
+    output = cache.value_codec.weighted_sum(weights[..., count:], value_planes, Dv, cache.value_statistics)
+    output = cache.value_codec.untransform_output(output, cache.value_statistics)
+    output = output + weights[..., :count] @ dense_values.astype(dtype)
+    if total is not None:
+        output = output / total
+    return output[..., :rows, :].reshape(B, Hq, L, Dv).astype(queries.dtype)
+
+
+def product_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """Products run in float32 on the CPU, where half precision is slow; bfloat16 would round scores too coarsely."""
+    return mx.float32 if mx.default_device() == mx.cpu or dtype == mx.float32 else mx.float16
+
+
+def pads_rows(args: AttendArgs, rows: int) -> bool:
+    """Whether a row of zeros joins the query rows of a KV head: no mask and no sink logits have a place for it."""
+    plain = args.mask is None or (isinstance(args.mask, str) and args.queries.shape[2] == 1)
+    return rows % PADDED_ROWS == PADDED_ROWS - 1 and plain and args.sinks is None and mx.default_device() == mx.cpu
+
+
+def masked_scores(scores: mx.array, mask: Mask, cache: KVQCache, Hq: int, L: int) -> mx.array:
+    """Apply a mask over tokens in order to scores `(B, Hkv, rep * L, T)` ordered dense first, packed last."""
+    total = scores.shape[-1]
+    if isinstance(mask, str):
+        if mask != "causal":
+            raise AttentionError(f'a mask given by name must be "causal", got {mask!r}; pass an array')
+        if L == 1:
+            return scores
+        mask = mx.arange(total - L, total)[:, None] >= mx.arange(total)
+    if mask is None:
+        return scores
+    sinks, packed = cache.sink_tokens, cache.packed_tokens
+    parts = [mask[..., :sinks], mask[..., sinks + packed :], mask[..., sinks : sinks + packed]]
+    mask = mx.concatenate(parts, axis=-1)
+    B, Hkv = scores.shape[:2]
+    grouped = scores.reshape(B, Hkv, Hq // Hkv, L, total)
+    mask = grouped_mask(mask, Hkv)
+    if mask.dtype == mx.bool_:
+        grouped = mx.where(mask, grouped, mx.finfo(mx.float32).min)
+    else:
+        grouped = grouped + mask.astype(mx.float32)
+    return grouped.reshape(scores.shape)
+
+
+def grouped_mask(mask: mx.array, Hkv: int) -> mx.array:
+    """A mask of up to four axes as `(B or 1, Hkv or 1, rep or 1, L, T)`."""
+    while mask.ndim < 4:
+        mask = mask[None]
+    return mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(mask.shape[0], Hkv, -1, *mask.shape[2:])
+
+
+def softmax_weights(scores: mx.array, sinks: mx.array | None, Hkv: int, L: int) -> mx.array:
+    """Softmax over the last axis of `(B, Hkv, rep * L, T)`, with sink logits `(Hq,)` in the denominator."""
+    if sinks is None:
+        return mx.softmax(scores, axis=-1, precise=True)
+    return mx.softmax(_with_sinks(scores, sinks, Hkv, L), axis=-1, precise=True)[..., 1:]
+
+
+def softmax_parts(scores: mx.array, sinks: mx.array | None, Hkv: int, L: int) -> tuple[mx.array, mx.array]:
+    """`softmax_weights` as numerators and their sum `(B, Hkv, rep * L, 1)`; float32, a third of the time on CPUs.
+
+    The CPU's exponential takes elements one by one; `exp` here is a polynomial that compiles to vector instructions,
+    within 3e-7 of it. Numerators below 2^-127 are 0.
+    """
+    if sinks is not None:
+        scores = _with_sinks(scores, sinks, Hkv, L)
+    mantissa, exponent = _exp(scores, mx.max(scores, axis=-1, keepdims=True))
+    weights = mantissa * exponent.view(mx.float32)
+    total = mx.sum(weights, axis=-1, keepdims=True)
+    return weights if sinks is None else weights[..., 1:], total
+
+
+def _with_sinks(scores: mx.array, sinks: mx.array, Hkv: int, L: int) -> mx.array:
+    logits = mx.repeat(sinks.astype(mx.float32).reshape(Hkv, -1), L, axis=-1)  # row r * L + l of a group is head r
+    logits = mx.broadcast_to(logits[None, :, :, None], (*scores.shape[:-1], 1))
+    return mx.concatenate([logits, scores], axis=-1)
+
+
+def _power_coefficients(terms: int) -> list[float]:
+    """Of the polynomial nearest to 2^f on [-1/2, 1/2] by Chebyshev nodes, the constant first."""
+    nodes = 0.5 * np.cos(np.pi * (np.arange(64) + 0.5) / 64)
+    fit = np.polynomial.chebyshev.Chebyshev.fit(nodes, 2.0**nodes, terms - 1, domain=[-0.5, 0.5])
+    found: list[float] = fit.convert(kind=np.polynomial.Polynomial).coef.tolist()
+    return found
+
+
+_POWERS = _power_coefficients(7)
+_ROUND = 1.5 * 2.0**23  # added and taken away again it rounds a float32 to an integer
+
+
+def _exp_plain(x: mx.array, top: mx.array) -> tuple[mx.array, mx.array]:
+    """`exp(x - top)` for x <= top as a float32 in [2^-1/2, 2^1/2] and the bits of a power of two, int32."""
+    y = mx.maximum((x - top) * math.log2(math.e), -127.0)
+    whole = (y + _ROUND) - _ROUND
+    part = y - whole
+    total = part * _POWERS[-1] + _POWERS[-2]
+    for coefficient in reversed(_POWERS[:-2]):
+        total = total * part + coefficient
+    return total, (whole.astype(mx.int32) + 127) << 23
+
+
+_exp = mx.compile(_exp_plain, shapeless=True)
