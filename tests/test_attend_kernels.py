@@ -64,11 +64,11 @@ def code_configs() -> list[Config]:
 
 
 def mask_configs() -> list[Config]:
-    """Array masks that vary along all axes, some, or none: both dtypes, and one that differs for each axis alone."""
-    axes = ("", "b", "h", "q", "bh", "bq", "hq", "bhq")
-    masks = [f"{'add' if len(some) % 2 else 'bool'}-{some}" for some in axes] + ["add-", "bool-q"]
+    """Array masks of both dtypes that vary along any of the axes of batches, heads and queries."""
     kind = Kind("k=tq4,v=tq3", (64, 64))
-    return [Config(kind, 2, 2, 3, mask, softcap=3.0 if mask == "bool-q" else None) for mask in masks]
+    axes = ("", "b", "h", "q", "bh", "bq", "hq", "bhq")
+    masks = [f"{dtype}-{some}" for dtype in ("bool", "add") for some in axes]
+    return [Config(kind, 2, 2, 3, mask, softcap=3.0 if mask.endswith("q") else None) for mask in masks]
 
 
 @pytest.mark.parametrize("on", BACKENDS)
