@@ -18,13 +18,14 @@ from .errors import AttentionError
 
 if TYPE_CHECKING:
     from .attention import AttendArgs, Mask
-    from .cache import KVQCache
+    from .cache import KVQCache, Planes
 
+LEVELS_NBYTES = 4 * 2**20  # of decoded levels at a time
 PADDED_ROWS = 4  # float32 products on CPUs take 30 to 45% longer with three rows of queries than with four
 
 
 def attend_packed(args: AttendArgs) -> mx.array:
-    """Scores and sums on the packed planes; reads the codes, allocates one layer's unpacked levels for K, then V."""
+    """Scores and sums on the packed planes; reads the codes, allocates `LEVELS_NBYTES` of levels."""
     cache, queries = args.cache, args.queries
     B, Hq, L, Dk = queries.shape
     dense_keys, dense_values = cache.dense_tokens()
@@ -37,7 +38,12 @@ def attend_packed(args: AttendArgs) -> mx.array:
 
     packed_queries = q if cache.frame is None else cache.frame.scale_queries(q)
     packed_queries = cache.key_codec.transform_queries(packed_queries, cache.key_statistics).astype(dtype)
-    packed = cache.key_codec.scores(packed_queries, key_planes, cache.key_statistics).astype(mx.float32)
+    pieces = token_pieces(cache.packed_tokens, 4 * B * Hkv * max(Dk, Dv))
+    found: list[mx.array] = []
+    for piece in pieces:
+        planes = piece_of(key_planes, piece, len(pieces), found)
+        found.append(cache.key_codec.scores(packed_queries, planes, cache.key_statistics).astype(mx.float32))
+    packed = found[0] if len(found) == 1 else mx.concatenate(found, axis=-1)
     if cache.frame is not None:
         packed = packed + cache.frame.mean_scores(q, cache.packed_position, cache.packed_tokens)
     dense = (q.astype(dtype) @ dense_keys.astype(dtype).swapaxes(-1, -2)).astype(mx.float32)
@@ -51,12 +57,35 @@ def attend_packed(args: AttendArgs) -> mx.array:
     else:
         weights, total = softmax_weights(scores, args.sinks, Hkv, L).astype(dtype), None
 
-    output = cache.value_codec.weighted_sum(weights[..., count:], value_planes, Dv, cache.value_statistics)
-    output = cache.value_codec.untransform_output(output, cache.value_statistics)
+    sums: list[mx.array] = []
+    for start, stop in pieces:
+        planes = piece_of(value_planes, (start, stop), len(pieces), sums)
+        part = weights[..., count + start : count + stop]
+        part = cache.value_codec.weighted_sum(part, planes, Dv, cache.value_statistics)
+        sums.append(sums[-1] + part if sums else part)
+    output = cache.value_codec.untransform_output(sums[-1], cache.value_statistics)
     output = output + weights[..., :count] @ dense_values.astype(dtype)
     if total is not None:
         output = output / total
     return output[..., :rows, :].reshape(B, Hq, L, Dv).astype(queries.dtype)
+
+
+def token_pieces(tokens: int, nbytes: int) -> list[tuple[int, int]]:
+    """Ranges of tokens whose levels, `nbytes` a token, take at most `LEVELS_NBYTES`, or of single tokens.
+
+    Larger arrays leave the caches of a processor, and beyond 32 MB glibc maps fresh pages for each of them.
+    """
+    size = max(1, LEVELS_NBYTES // nbytes)
+    size = -(-tokens // -(-tokens // size))  # the same for all
+    return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def piece_of(planes: Planes, piece: tuple[int, int], pieces: int, before: list[mx.array]) -> Planes:
+    """Planes of a range of tokens, decoded only after the results `before` of other ranges are there."""
+    if pieces == 1:
+        return planes
+    rows = [mx.contiguous(plane[..., slice(*piece), :]) for plane in planes.values()]
+    return dict(zip(planes, mx.depends(rows, before[-1:]) if before else rows, strict=True))
 
 
 def product_dtype(dtype: mx.Dtype) -> mx.Dtype:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from mlx_kvq_plugin import packed_attention
 from mlx_kvq_plugin.attention import (
     PACKED_QUERIES,
     AttendArgs,
@@ -275,6 +276,20 @@ def test_few_queries_are_scored_packed_and_many_on_decoded_tokens_with_equal_res
     few, many = outputs
     assert mx.array_equal(few[2], few[0]) and not mx.array_equal(few[2], few[1])
     assert mx.array_equal(many[2], many[1]) and not mx.array_equal(many[2], many[0])
+
+
+@pytest.mark.parametrize("codecs", [("tq4", "tq4"), ("tq3", "rvq1"), ("tqprod3", "affine4"), ("qjl2", "grouped4")])
+@pytest.mark.parametrize("tokens", [7, 64, 100])
+def test_pieces_of_tokens_give_what_all_give_at_once(codecs: tuple[str, str], tokens: int, monkeypatch):
+    cache, queries = filled(300, 3, spec=LayerSpec(*codecs))
+    args = AttendArgs(queries, cache, 1.0, "causal", None, mx.float32, mx.float32)
+    expected = attend_packed(args)
+    nbytes = 4 * cache.dense_keys.shape[1] * 64
+    monkeypatch.setattr(packed_attention, "LEVELS_NBYTES", tokens * nbytes)
+    pieces = packed_attention.token_pieces(cache.packed_tokens, nbytes)
+    assert len(pieces) == -(-cache.packed_tokens // tokens) and pieces[-1][1] == cache.packed_tokens
+    error = as_float64(attend_packed(args) - expected)
+    assert np.sqrt(np.mean(error**2)) < 1e-5 * np.sqrt(np.mean(as_float64(expected) ** 2))
 
 
 def test_attention_packs_what_overflows_only_after_the_newest_tokens_were_seen_exactly():
