@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=34, help="of a round: more than the 32 between two packings")
+    parser.add_argument("--no-store", action="store_true", help="leave the stored results as they are")
     arguments = parser.parse_args()
     print(machine(), device_name(), flush=True)
     model = build(arguments.layers, arguments.hidden, arguments.vocabulary)
@@ -153,7 +154,8 @@ def main() -> None:
             print(rows[-1], flush=True)
         del caches
         mx.clear_cache()
-    store("decode_gpu", [{"device": device_name(), **row} for row in rows])
+    if not arguments.no_store:
+        store("decode_gpu", [{"device": device_name(), **row} for row in rows])
     print_table(
         ["tokens", "batch", "scheme", "ms a step", "median", "ratio to fp16"], [tuple(r.values()) for r in rows]
     )

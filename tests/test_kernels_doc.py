@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_kvq_plugin import attention, batch, cache
+from mlx_kvq_plugin import attention, batch, growth
 from mlx_kvq_plugin.kernels import attend, codes, dispatch, lanes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +28,7 @@ ROWS = {
         "time_ratio": 1.125,
         "peak_mib": 1700.0,
         "peak_ratio": 0.375,
+        "packing_share": 0.02,
     },
     "attention": {
         "tokens": 4096,
@@ -56,8 +57,8 @@ def test_limits_are_those_of_the_code() -> None:
     assert set(lanes.HEAD_SIZES) - set(codes.HEAD_SIZES) == {32} and "(encoding and decoding: 32 too)" in TEXT
     assert f"1 to {attend.MAX_QUERIES} new tokens, 1 to {attend.MAX_REPEAT} query heads of a KV head" in TEXT
     assert f"{attend.MAX_ROWS} query rows of both" in TEXT
-    assert f"packs every {cache.GPU_BLOCK} tokens ({cache.BLOCK} on CPUs)" in TEXT
-    assert f"planes grow by {cache.GPU_STEP} tokens" in TEXT
+    assert f"packs every {growth.GPU_BLOCK} tokens ({growth.BLOCK} on CPUs)" in TEXT
+    assert f"planes grow by {growth.GPU_STEP} tokens" in TEXT
     assert f"workspace stays below {attention.WORKSPACE_NBYTES >> 20} MiB" in TEXT
     assert f"one launch for up to {dispatch.ROWS_OF_LAUNCH} rows on CUDA" in TEXT
     assert f"wait, up to {batch.PENDING} steps, in one array of all rows" in TEXT
