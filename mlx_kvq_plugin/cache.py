@@ -428,16 +428,18 @@ class KVQCache(_BaseCache):
         shared = self._shared_planes()
         return expanded(keys, shared[0], self._rows), expanded(values, shared[1], self._rows)
 
-    def live_planes(self) -> tuple[Planes, Planes]:
-        """Key and value planes of the packed tokens as they are stored, without slack; views."""
+    def live_planes(self, views: bool = False) -> tuple[Planes, Planes]:
+        """Key and value planes of the packed tokens as they are stored, without slack.
+
+        Args:
+            views: give views of planes that have slack, not contiguous copies.
+        """
         start, stop = self._packed_start, self._packed_start + self._packed
         whole = not self._packed or (start == 0 and self.plane_rows == stop)
 
         def live(planes: Planes, shared: Mapping[str, int]) -> Planes:
-            return {
-                name: rows if whole or name in shared else mx.contiguous(rows[..., start:stop, :])
-                for name, rows in planes.items()
-            }
+            found = {n: x if whole or n in shared else x[..., start:stop, :] for n, x in planes.items()}
+            return found if views else {name: mx.contiguous(rows) for name, rows in found.items()}
 
         if not self.key_planes:
             return {}, {}

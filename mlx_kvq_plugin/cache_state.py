@@ -36,7 +36,7 @@ def state_of(cache: KVQCache) -> dict[str, Any]:
         keys, values = cache.dense_tokens()
         state["dense"] = {"keys": keys, "values": values}
     if cache._packed:
-        state["key_planes"], state["value_planes"] = cache.live_planes()
+        state["key_planes"], state["value_planes"] = cache.live_planes(views=True)
     if cache.frame is not None:
         state["frame"] = {"mean": cache.frame.mean, "scale": cache.frame.scale}
     for name in ("key_statistics", "value_statistics"):
@@ -104,7 +104,8 @@ def restore(cache: KVQCache, meta: dict[str, Any], state: dict[str, Any]) -> Non
         keys, values = cache._shared_planes()
 
         def padded(planes: dict[str, mx.array], shared: Mapping[str, int]) -> dict[str, mx.array]:
-            return {name: rows if name in shared else pad_tokens(rows, slack) for name, rows in planes.items()}
+            found = {name: rows if name in shared else pad_tokens(rows, slack) for name, rows in planes.items()}
+            return {name: mx.contiguous(rows) for name, rows in found.items()}  # what kernels need and views are not
 
         cache.key_planes = padded(state["key_planes"], keys)
         cache.value_planes = padded(state["value_planes"], values)
