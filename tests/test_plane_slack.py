@@ -47,7 +47,9 @@ def test_reading_a_state_copies_no_planes() -> None:
 def test_restored_planes_are_contiguous_and_equal(window: int | None) -> None:
     spec = LayerSpec("tq4", "rvq1", frame=False)
     cache = prefilled(KVQCache(spec) if window is None else SlidingKVQCache(spec, window), 1000)
-    for _ in range(0 if window is None else 30):
+    for _ in range(700):  # a window that has moved up to the last row: its planes are slices without slack
+        if window is None or (cache._packed_start and cache.plane_rows == cache._packed_start + cache.packed_tokens):
+            break
         cache.update_and_fetch(mx.ones((1, 4, 1, 64)), mx.ones((1, 4, 1, 64)))
         cache.settle()
     assert (cache._packed_start > 0) == (window is not None)
