@@ -126,16 +126,17 @@ def test_rows_without_a_token_do_not_matter(config: Config, on: str) -> None:
 
 
 @pytest.mark.parametrize("on", BACKENDS)
-@pytest.mark.parametrize("kind", ["bool-bq", "add-bq"])
+@pytest.mark.parametrize(
+    ("kind", "hidden"), [("bool-bq", False), ("add-bq", MASKED), ("add-bq", float(mx.finfo(mx.float32).min))]
+)
 @pytest.mark.parametrize("sinks", [False, True])
-def test_rows_of_which_all_tokens_are_masked(kind: str, sinks: bool, on: str) -> None:
+def test_rows_of_which_all_tokens_are_masked(kind: str, hidden: Any, sinks: bool, on: str) -> None:
     # Without attention sinks they average all tokens, as plain operations do; with sinks they are zeros.
     config = Config(Kind("k=tq3,v=tq4", (64, 64)), 2, 2, 3, kind, sinks)
     for packed in (5, 64, 100, 200):
         args = case_of(config, Contents(Shape(2, 2, packed, 9, 2, 0, 20, 0, 1.0, packed), 2))
-        hidden = mx.array(False) if kind.startswith("bool") else mx.array(MASKED)
         rows = mx.array([[True, False, False], [True, False, True]])[:, None, :, None]
-        args = replace(args, mask=mx.where(rows, hidden, args.mask))
+        args = replace(args, mask=mx.where(rows, mx.array(hidden), args.mask))
         got, plain = as_float64(fused(config, args, on)), as_float64(twin(args))
         lost, limit = np.linalg.norm(got - plain, axis=-1), LIMITS[mx.float32][1]
         assert np.all(lost <= limit * np.maximum(np.linalg.norm(plain, axis=-1), 1e-3))

@@ -68,7 +68,9 @@ def mask_configs() -> list[Config]:
     kind = Kind("k=tq4,v=tq3", (64, 64))
     axes = ("", "b", "h", "q", "bh", "bq", "hq", "bhq")
     masks = [f"{dtype}-{some}" for dtype in ("bool", "add") for some in axes]
-    return [Config(kind, 2, 2, 3, mask, softcap=3.0 if mask.endswith("q") else None) for mask in masks]
+    found = [Config(kind, 2, 2, 3, mask, softcap=3.0 if mask.endswith("q") else None) for mask in masks]
+    # Query rows that do not fit one group, of which none begins with the first query of a head.
+    return [*found, Config(kind, 1, 5, 5, "bool-hq"), Config(kind, 1, 7, 3, "add-bq")]
 
 
 @pytest.mark.parametrize("on", BACKENDS)
