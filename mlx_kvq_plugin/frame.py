@@ -67,11 +67,17 @@ class KeyFrame:
 
     def scale_queries(self, queries: mx.array) -> mx.array:
         """`q / s` for queries `(B, Hkv, R, D)`."""
-        return queries / self.channel_scale().astype(queries.dtype)
+        return scaled_queries(self.rotary, queries, self.scale)
 
     def mean_scores(self, queries: mx.array, start: int, length: int) -> mx.array:
         """`q . R_n mu` `(B, Hkv, R, length)` float32 at positions from `start`."""
         return turned_scores(self.rotary, queries.astype(mx.float32), self.mean, start, length)
+
+
+def scaled_queries(rotary: Rotary, queries: mx.array, scale: mx.array) -> mx.array:
+    """Queries `(B, Hkv, R, D)` over the `scale` of a frame `(B, Hkv, 1, D - P)`."""
+    pairs, rest = scale[..., : rotary.pairs], scale[..., rotary.pairs :]
+    return queries / rotary.join(pairs, pairs, rest).astype(queries.dtype)
 
 
 def query_energy(queries: mx.array, kv_heads: int, per_token: bool = False) -> mx.array:

@@ -9,12 +9,16 @@ three are asked for.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from .errors import AttentionError
+from .frame import scaled_queries
+from .rotary import Rotary, pair_products, span_scores
 
 if TYPE_CHECKING:
     from .attention import AttendArgs, Mask
@@ -32,11 +36,15 @@ def attend_packed(args: AttendArgs) -> mx.array:
     key_planes, value_planes = cache.packed_planes()
     Hkv, Dv, count = dense_keys.shape[1], dense_values.shape[-1], dense_keys.shape[2]
     rows, dtype = Hq // Hkv * L, product_dtype(queries.dtype)
-    q = (queries.astype(mx.float32) * args.scale).reshape(B, Hkv, rows, Dk)
-    if pads_rows(args, rows):
-        q = mx.pad(q, [(0, 0), (0, 0), (0, 1), (0, 0)])
+    frame, padded = cache.frame, rows + pads_rows(args, rows)
+    if frame is None:
+        q = packed_queries = _grouped_queries(queries, args.scale, Hkv, padded)
+        pairs = None
+    else:
+        prepare = _preparation(frame.rotary, args.scale, Hkv, padded)
+        q, packed_queries, *products = prepare(queries, frame.mean, frame.scale)
+        pairs = products[0], products[1], products[2] if len(products) > 2 else None
 
-    packed_queries = q if cache.frame is None else cache.frame.scale_queries(q)
     packed_queries = cache.key_codec.transform_queries(packed_queries, cache.key_statistics).astype(dtype)
     pieces = token_pieces(cache.packed_tokens, 4 * B * Hkv * max(Dk, Dv))
     found: list[mx.array] = []
@@ -44,8 +52,8 @@ def attend_packed(args: AttendArgs) -> mx.array:
         planes = piece_of(key_planes, piece, len(pieces), found)
         found.append(cache.key_codec.scores(packed_queries, planes, cache.key_statistics).astype(mx.float32))
     packed = found[0] if len(found) == 1 else mx.concatenate(found, axis=-1)
-    if cache.frame is not None:
-        packed = packed + cache.frame.mean_scores(q, cache.packed_position, cache.packed_tokens)
+    if frame is not None and pairs is not None:
+        packed = packed + span_scores(frame.rotary, pairs, cache.packed_position, cache.packed_tokens)
     dense = (q.astype(dtype) @ dense_keys.astype(dtype).swapaxes(-1, -2)).astype(mx.float32)
 
     scores = mx.concatenate([dense, packed], axis=-1)
@@ -64,10 +72,36 @@ def attend_packed(args: AttendArgs) -> mx.array:
         part = cache.value_codec.weighted_sum(part, planes, Dv, cache.value_statistics)
         sums.append(sums[-1] + part if sums else part)
     output = cache.value_codec.untransform_output(sums[-1], cache.value_statistics)
-    output = output + weights[..., :count] @ dense_values.astype(dtype)
-    if total is not None:
-        output = output / total
-    return output[..., :rows, :].reshape(B, Hq, L, Dv).astype(queries.dtype)
+    dense_output = weights[..., :count] @ dense_values.astype(dtype)
+    if total is None:
+        return (output + dense_output).reshape(B, Hq, L, Dv).astype(queries.dtype)
+    return _finish(output, dense_output, total)[..., :rows, :].reshape(B, Hq, L, Dv).astype(queries.dtype)
+
+
+def _grouped_queries(queries: mx.array, scale: float, Hkv: int, padded: int) -> mx.array:
+    """Queries `(B, Hq, L, D)` times the scale as float32 rows of their KV heads `(B, Hkv, padded, D)`."""
+    B, _, _, D = queries.shape
+    q = (queries.astype(mx.float32) * scale).reshape(B, Hkv, -1, D)
+    return mx.pad(q, [(0, 0), (0, 0), (0, padded - q.shape[2]), (0, 0)]) if padded > q.shape[2] else q
+
+
+@cache
+def _preparation(rotary: Rotary, scale: float, Hkv: int, padded: int) -> Callable[..., list[mx.array]]:
+    """Compiled, once for each shape of the queries: what does not depend on the tokens that are stored."""
+
+    def prepare(queries: mx.array, mean: mx.array, frame_scale: mx.array) -> list[mx.array]:
+        q = _grouped_queries(queries, scale, Hkv, padded)
+        along, across, rest = pair_products(rotary, q, mean)
+        return [q, scaled_queries(rotary, q, frame_scale), along, across, *([] if rest is None else [rest])]
+
+    return mx.compile(prepare)
+
+
+def _finish_plain(packed: mx.array, dense: mx.array, total: mx.array) -> mx.array:
+    return (packed + dense) / total
+
+
+_finish = mx.compile(_finish_plain, shapeless=True)
 
 
 def token_pieces(tokens: int, nbytes: int) -> list[tuple[int, int]]:
@@ -140,8 +174,8 @@ def softmax_weights(scores: mx.array, sinks: mx.array | None, Hkv: int, L: int) 
 def softmax_parts(scores: mx.array, sinks: mx.array | None, Hkv: int, L: int) -> tuple[mx.array, mx.array]:
     """`softmax_weights` as numerators and their sum `(B, Hkv, rep * L, 1)`; float32, a third of the time on CPUs.
 
-    The CPU's exponential takes elements one by one; `exp` here is a polynomial that compiles to vector instructions,
-    within 3e-7 of it. Numerators below 2^-127 are 0.
+    The CPU's exponential takes elements one by one; here it is a polynomial that compiles to vector instructions. Its
+    error is at most 2e-7 (1 + |x|) exp(x). Numerators below 2^-127 are 0.
     """
     if sinks is not None:
         scores = _with_sinks(scores, sinks, Hkv, L)

@@ -167,7 +167,7 @@ def block_tables(rotary: Rotary, blocks: int, whole: bool = False) -> tuple[mx.a
 
 def tables_nbytes() -> int:
     """Bytes of the tables of all rotaries in the process."""
-    return sum(table.nbytes for known in _tables.values() for table in known)
+    return sum(table.nbytes for tables in (_tables, _span_tables) for known in tables.values() for table in known)
 
 
 def turn(rotary: Rotary, x: mx.array, start: int, length: int, inverse: bool = False) -> mx.array:
@@ -195,45 +195,84 @@ def turn(rotary: Rotary, x: mx.array, start: int, length: int, inverse: bool = F
     return rotary.join(*turned, mx.broadcast_to(rest, (*rest.shape[:-2], length, rest.shape[-1])))
 
 
-def turned_scores(rotary: Rotary, queries: mx.array, vector: mx.array, start: int, length: int) -> mx.array:
-    """`q . R_n x` for n in `[start, start + length)` without a table entry per position.
+SPAN = 256  # positions per block of `span_scores`: as many that its small product is fast, and the tables small
 
-    Queries are turned back to the start of each block of `BLOCK` positions and multiplied with one small table:
-    `length / BLOCK * D` intermediate numbers per query.
+_span_tables: dict[Rotary, tuple[mx.array, mx.array, mx.array]] = {}
+
+
+def span_tables(rotary: Rotary, spans: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Tables of `span_scores`, shared by all layers with this rotary and counted in `tables_nbytes`.
+
+    Returns:
+        cos and sin `(spans or more, 2 P)` at the starts of spans, each twice, and cos above sin `(2 P, SPAN)` inside a
+        span times the magnitude, float32.
+    """
+    known = _span_tables.get(rotary)
+    if known is None or known[0].shape[0] < spans:
+        angles = np.array(rotary.angles, dtype=np.float64)
+        starts = np.tile(np.arange(math.ceil(spans / 8) * 8)[:, None] * SPAN * angles, 2)
+        inner = angles[:, None] * np.arange(SPAN)
+        both = rotary.magnitude * np.concatenate([np.cos(inner), np.sin(inner)])
+        cos, sin, table = (mx.array(x.astype(np.float32)) for x in (np.cos(starts), np.sin(starts), both))
+        known = cos, sin, table
+        mx.eval(*known)  # lazy arrays cannot cross threads
+        _span_tables[rotary] = known
+    return known
+
+
+Pairs = tuple[mx.array, mx.array, mx.array | None]
+
+
+def pair_products(rotary: Rotary, queries: mx.array, vector: mx.array) -> Pairs:
+    """What `span_scores` needs of queries `(B, Hkv, R, D)` and a vector `(B, Hkv, 1, D)`, at any position.
+
+    Returns:
+        The products of pairs along and across, `(B, Hkv, R, 2 P)`: even, odd and odd, minus even parts; and the product
+        of the channels that do not turn `(B, Hkv, R, 1)`, or `None` if all do.
+    """
+    q1, q2, q_rest = rotary.split(queries)
+    v1, v2, v_rest = rotary.split(vector)
+    even, odd = q1 * v1 + q2 * v2, q2 * v1 - q1 * v2
+    rest = mx.sum(q_rest * v_rest, axis=-1, keepdims=True) if q_rest.shape[-1] else None
+    return mx.concatenate([even, odd], axis=-1), mx.concatenate([odd, -even], axis=-1), rest
+
+
+def turned_scores(rotary: Rotary, queries: mx.array, vector: mx.array, start: int, length: int) -> mx.array:
+    """`q . R_n x` `(B, Hkv, R, length)` float32 for n in `[start, start + length)`.
 
     Args:
         queries: `(B, Hkv, R, D)` float32.
         vector: x, `(B, Hkv, 1, D)` float32.
+    """
+    return span_scores(rotary, pair_products(rotary, queries, vector), start, length)
+
+
+def span_scores(rotary: Rotary, pairs: Pairs, start: int, length: int) -> mx.array:
+    """`turned_scores` without a table entry per position.
+
+    Queries are turned back to the start of each span of `SPAN` positions and multiplied with one small table:
+    `length / SPAN * D` intermediate numbers per query.
+
+    Args:
+        pairs: `pair_products` of q and x.
 
     Returns:
         `(B, Hkv, R, length)` float32.
     """
-    q1, q2, q_rest = rotary.split(queries)
-    v1, v2, v_rest = rotary.split(vector)
-    constant = mx.sum(q_rest * v_rest, axis=-1, keepdims=True) if q_rest.shape[-1] else None
+    along, across, rest = pairs
     if not rotary.pairs:
-        assert constant is not None
-        return mx.broadcast_to(constant, (*constant.shape[:-1], length))
-    first_block, last_block = start // BLOCK, (start + length - 1) // BLOCK + 1
-    block_cos, block_sin, inner = block_tables(rotary, last_block)
-    even, odd = _pair_products(q1, q2, v1, v2, mx.array(rotary.magnitude))
-    turned = _turn_back(even[..., None, :], odd[..., None, :], block_cos[first_block:], block_sin[first_block:])
-    scores = mx.concatenate(list(turned), axis=-1) @ inner.T
-    scores = scores.reshape(*scores.shape[:-2], -1)
-    skip = start - first_block * BLOCK
-    scores = scores[..., skip : skip + length]
-    return scores if constant is None else scores + constant
+        assert rest is not None
+        return mx.broadcast_to(rest, (*rest.shape[:-1], length))
+    first, last = start // SPAN, (start + length - 1) // SPAN + 1
+    cos, sin, inner = span_tables(rotary, last)
+    turned = _turned_back(along[..., None, :], across[..., None, :], cos[first:last], sin[first:last])
+    skip = start - first * SPAN
+    scores = (turned @ inner).reshape(*along.shape[:-1], -1)[..., skip : skip + length]
+    return scores if rest is None else scores + rest
 
 
-def _pair_products_plain(
-    q1: mx.array, q2: mx.array, v1: mx.array, v2: mx.array, scale: mx.array
-) -> tuple[mx.array, mx.array]:
-    return (q1 * v1 + q2 * v2) * scale, (q2 * v1 - q1 * v2) * scale
+def _turned_back_plain(along: mx.array, across: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    return along * cos + across * sin
 
 
-def _turn_back_plain(even: mx.array, odd: mx.array, cos: mx.array, sin: mx.array) -> tuple[mx.array, mx.array]:
-    return even * cos + odd * sin, odd * cos - even * sin
-
-
-_pair_products = mx.compile(_pair_products_plain, shapeless=True)
-_turn_back = mx.compile(_turn_back_plain, shapeless=True)
+_turned_back = mx.compile(_turned_back_plain, shapeless=True)

@@ -96,6 +96,7 @@ def dequantize(codes: mx.array, scale: mx.array, bits: int, dtype: mx.Dtype) -> 
     return (_levels(codes, bits, mx.float32) * scale.astype(mx.float32)).astype(dtype)
 
 
+@cache
 def _monic(bits: int) -> tuple[float, list[float]]:
     """Level i of `odd_codebook` as a factor times v^n + c v^(n - 2) + ..., v = i - (2^b - 1) / 2; the rest: c, ..."""
     step = 2.0 / 2**bits
