@@ -555,6 +555,9 @@ def test_killed_server_leaves_a_good_store(tiny: Path, tmp_path: Path) -> None:
     with process(tiny, *argv) as served:
         for i in range(3):
             served.chat(("user", f"{i} {LONG[:200]}"))
+        deadline = time.monotonic() + 60
+        while served.report()["disk"]["entries"] == 0 and time.monotonic() < deadline:
+            time.sleep(0.05)  # caches are written by a thread of their own
         served.stop(signal.SIGKILL)
     with process(tiny, *argv) as served:
         answers = [served.chat(("user", f"{i} {LONG[:200]}")) for i in range(3)]

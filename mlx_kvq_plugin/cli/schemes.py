@@ -255,8 +255,7 @@ def add_commands(commands: Any) -> None:
         _run_inspect,
         "Show a model's layers, what schemes do to each, and the memory of its KV cache. Weights are not read, but for "
         "--live, which runs the model.",
-        "  kvq inspect demo:gemma3\n"
-        "  kvq inspect demo:smollm2 --kernels --kv-scheme tq4 --kv-scheme affine4\n"
+        "  kvq inspect demo:gemma3 --kernels\n"
         "  kvq inspect demo:smollm2 --live --kv-scheme rvq1 --prompt @text.txt\n"
         "  kvq inspect ./model --kv-scheme rvq1 --kv-scheme tq4,edges=2 --contexts 4096 65536 --json\n"
         "  kvq inspect --allocation kvq_calibration.safetensors --kv-scheme tq@2.5 --plot bits.png",

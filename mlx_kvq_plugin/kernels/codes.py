@@ -19,8 +19,6 @@ import numpy as np
 
 from ..codebooks import odd_codebook
 from ..codecs import Codec
-from ..codecs.rvq import RVQ
-from ..codecs.turboquant import TurboQuant
 from ..packing import fields
 from ..rotation import HADAMARD
 
@@ -70,14 +68,26 @@ class CodeLayout:
         return self.dim * self.wide // 8
 
 
+def scalar_stages(codec: Codec) -> tuple[int, ...]:
+    """Bits of each code plane of a codec that kernels know, `()` for others. Codecs are loaded on first use only."""
+    if codec.family not in ("tq", "rvq"):
+        return ()
+    from ..codecs.rvq import RVQ
+    from ..codecs.turboquant import TurboQuant
+
+    if type(codec) is TurboQuant or type(codec) is RVQ:
+        return codec.stages
+    return ()
+
+
 def has_kernels(codec: Codec) -> bool:
     """Whether kernels read the codec's planes at some head sizes."""
-    return type(codec) in (TurboQuant, RVQ) and codec.rotation == HADAMARD
+    return scalar_stages(codec) != () and codec.rotation == HADAMARD
 
 
 def why_not_codes(codec: Codec, dim: int) -> str:
     """Why kernels cannot read the codec's planes at a head size; empty if they can."""
-    if type(codec) not in (TurboQuant, RVQ):
+    if not scalar_stages(codec):
         return f"codec {codec.name} has no kernel"
     if codec.rotation != HADAMARD:
         return f"rotation {codec.rotation} has no kernel"
@@ -88,8 +98,7 @@ def why_not_codes(codec: Codec, dim: int) -> str:
 
 def code_layout(codec: Codec, dim: int) -> CodeLayout:
     """The layout of a codec that `why_not_codes` accepts."""
-    assert isinstance(codec, TurboQuant)
-    stages = codec.stages
+    stages = scalar_stages(codec)
     names = ("codes",) if len(stages) == 1 else ("stage1", "stage2")
     found, below = [], sum(stages)
     for plane, bits in enumerate(stages):

@@ -13,11 +13,9 @@ import numpy as np
 
 from ..codebooks import odd_codebook
 from ..codecs import LEAST_SQUARES, NORM, UNBIASED, Codec
-from ..codecs.rvq import RVQ
-from ..codecs.turboquant import TurboQuant
 from ..rotary import Rotary
 from ..rotation import HADAMARD
-from .codes import CodeField, CodeLayout, code_layout
+from .codes import CodeField, CodeLayout, code_layout, scalar_stages
 
 HEAD_SIZES = (32, 64, 128, 256)
 WARPS = 4  # of a group
@@ -27,7 +25,7 @@ _SCALINGS = {LEAST_SQUARES: 0, NORM: 1, UNBIASED: 2}
 
 def why_not_lanes(codec: Codec, dim: int) -> str:
     """Why kernels cannot encode and decode tokens with a codec at a head size; empty if they can."""
-    if type(codec) not in (TurboQuant, RVQ):
+    if not scalar_stages(codec):
         return f"codec {codec.name} has no kernel"
     if codec.rotation != HADAMARD:
         return f"rotation {codec.rotation} has no kernel"
