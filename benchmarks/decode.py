@@ -100,8 +100,8 @@ def main() -> None:
     for name in arguments.model:
         for tokens in arguments.tokens:
             rows += compare(name, tokens, arguments.schemes, arguments.rounds)
-    if not arguments.no_store:
-        store("decode", rows)
+            if not arguments.no_store:
+                store("decode", rows)
     print(machine())
     print_table(
         ["model", "tokens", "scheme", "ms a step", "decode vs KVCache", "prefill vs KVCache"],
