@@ -34,7 +34,7 @@ WORKSPACE_NBYTES = 256 * 2**20  # of decoded keys and values at a time, where he
 PACKED_QUERIES = 16  # more new tokens than this and decoding the past once is cheaper than scoring it packed
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class AttendArgs:
     """Everything an attention function may look at.
 

@@ -407,7 +407,7 @@ class KVQCache(_BaseCache):
     def reserve_tiles(self) -> None:
         """Room in the planes for whole tiles of tokens, which kernels read to their end."""
         start, stop = self._packed_start, self._packed_start + tile_rows(self._packed)
-        if self.plane_rows >= stop:
+        if next(iter(self.key_planes.values())).shape[2] >= stop:
             return
         room, shared = stop - start - self._packed, self._shared_planes()
         keys, values = self.live_planes()

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from .demo_models import default_cache_dir
+from .cache_folder import default_cache_dir
 from .errors import CodebookError
 from .sphere import ScalarCodebook, check_codebook, sphere_codebook, sphere_mse
 

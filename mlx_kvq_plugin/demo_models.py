@@ -30,6 +30,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from mlx_kvq_plugin.cache_folder import default_cache_dir
 from mlx_kvq_plugin.errors import DemoModelError
 
 Array = npt.NDArray[Any]
@@ -165,15 +166,6 @@ def convert_gguf(gguf: Path, folder: Path, progress: Progress | None = None) -> 
 
 
 # --- the folder in the cache --------------------------------------------------------------------------------
-
-
-def default_cache_dir() -> Path:
-    if chosen := os.environ.get("KVQ_CACHE_DIR"):
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mlx-kvq-plugin"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mlx-kvq-plugin"
 
 
 def _marker(model: DemoModel) -> dict[str, Any]:

@@ -76,7 +76,7 @@ METAL_SHARED = """#undef KVQ_SHARED_ARRAY
 """
 
 CHECKS = "address,alignment,bounds,float-cast-overflow,integer-divide-by-zero,shift,signed-integer-overflow"
-FLAGS = ["-std=c++17", "-fno-strict-aliasing", "-ffp-contract=off", "-w"] + (
+FLAGS = ["-std=c++17", "-fno-strict-aliasing", "-ffp-contract=off", "-w", "-pedantic-errors"] + (
     ["-mf16c"] if platform.machine() in ("x86_64", "AMD64") else []
 )
 KERNEL_FLAGS = [*FLAGS, "-O1", "-g1", f"-fsanitize={CHECKS}", "-fno-sanitize-recover=all"]

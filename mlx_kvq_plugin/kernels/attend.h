@@ -179,7 +179,7 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
 
 #if KVQ_FRAME
   KVQ_DEVICE const float* turns = block_turns + 2 * (tile * KVQ_PAIRS + col);
-  kvq_uint mean[KVQ_NT][KVQ_PAIR_STEPS][2];
+  kvq_uint mean[KVQ_NT][KVQ_PAIR_STEPS + (KVQ_PAIR_STEPS == 0)][2];
   KVQ_UNROLL
   for (int step = 0; step < KVQ_PAIR_STEPS; step++) {
     KVQ_UNROLL

@@ -313,32 +313,28 @@ class FusedPlan:
                 `(B, Hkv, call.pending, D)`.
         """
         newer = 0 if pending is None else pending[0]
-        counts = tuple([(*cache.counts(), newer) for cache in caches])
-        sizes = self._sizes.get((threading.get_ident(), counts))
-        if sizes is None:
-            if len(self._sizes) > 64:  # of steps long past
-                self._sizes.clear()
-            self._sizes[threading.get_ident(), counts] = sizes = self._sizes_of(counts)
-        arrays = [queries, self.tables.array(sizes.blocks)]
+        counts = [(*cache.counts(), newer) for cache in caches]
+        sizes = self._sizes_of(tuple(counts))
+        arrays = [*sizes.constants, queries]
         for own in caches:
             arrays += [own.key_planes[name] for name in self.key_planes]
             arrays += [own.value_planes[name] for name in self.value_planes]
             if own.frame is not None:
                 arrays.append(own.frame.joined())
             assert own.dense_keys is not None and own.dense_values is not None
-            arrays += [own.dense_keys, own.dense_values]
+            arrays += (own.dense_keys, own.dense_values)
         if pending is not None:
             arrays += pending[1:]
         if mask is not None:
             arrays.append(mask)
         if sinks is not None:
             arrays.append(sinks)
-        return sizes.run(*sizes.numbers, *arrays)
+        return sizes.run(*arrays)
 
     def _run(self, sizes: _Sizes, arrays: Sequence[mx.array]) -> mx.array:
-        """Both kernels on the integers of every sequence and the arrays of `__call__`."""
-        count = len(sizes.numbers)
-        queries, tables = arrays[count : count + 2]
+        """Both kernels on the integers of every sequence, the tables and the arrays of `__call__`."""
+        count = len(sizes.constants) - 1
+        tables, queries = arrays[count : count + 2]
         attend_inputs, merge_inputs = [queries, tables], [queries, tables]
         position = count + 2
         for own in arrays[:count]:
@@ -363,18 +359,29 @@ class FusedPlan:
         )[0]
 
     def _sizes_of(self, counts: tuple[tuple[int, ...], ...]) -> _Sizes:
-        """Launch sizes and the integers of kernels for `KVQCache.counts` of every sequence."""
+        """Launch sizes and the integers of kernels for `KVQCache.counts` of every sequence, kept for the other layers.
+
+        By thread: arrays that are not evaluated cannot cross threads, and evaluating here would wait for the GPU.
+        """
+        key = threading.get_ident(), counts
+        found = self._sizes.get(key)
+        if found is None:
+            if len(self._sizes) > 64:  # of steps long past
+                self._sizes.clear()
+            self._sizes[key] = found = self._new_sizes(counts)
+        return found
+
+    def _new_sizes(self, counts: tuple[tuple[int, ...], ...]) -> _Sizes:
         call = self.call
         tiles = max(-(-packed // BLOCK) for packed, *_ in counts)
         first = max(position for _, _, _, position, *_ in counts) // BLOCK + 1
         splits = self.splits(tiles)
         columns = max(packed + dense + newer for packed, _, _, _, _, dense, _, newer in counts)
-        # Of a thread: arrays that are not evaluated cannot cross threads, and evaluating here would wait for the GPU.
-        own = tuple(numbers(*count, splits, columns) for count in counts)
+        own = [numbers(*count, splits, columns) for count in counts]
+        blocks = max(tiles, first) if self.rotary is not None else 1
         batch, query_rows = max(1, call.batch), call.heads * self.rows
         sizes = _Sizes(
-            numbers=own,
-            blocks=max(tiles, first) if self.rotary is not None else 1,
+            constants=(*own, self.tables.array(blocks)),
             grid=(splits * 32 * self.launch.warps, call.heads * self.tiles, batch),
             partial_shapes=[(batch, query_rows, splits, call.value_dim + 2)],
         )
@@ -392,8 +399,7 @@ def _run_plan(plan: FusedPlan, sizes: _Sizes, *arrays: mx.array) -> mx.array:
 class _Sizes:
     """What the counts of tokens of one step decide, the same in all layers."""
 
-    numbers: tuple[mx.array, ...]
-    blocks: int
+    constants: tuple[mx.array, ...]  # integers of every sequence, and the tables
     grid: tuple[int, int, int]
     partial_shapes: list[tuple[int, ...]]
     run: Callable[..., mx.array] = field(init=False)

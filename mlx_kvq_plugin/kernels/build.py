@@ -1,22 +1,26 @@
 """Kernel texts: a prelude, the constants of one configuration, shared functions and a body, made into a callable.
 
 Constants are `#define`s, so a kernel has no template arguments. MLX's CUDA backend knows a compiled kernel by its name
-alone, so the name ends in a digest of everything the text depends on. It also copies the text at every call, so
-comments and indentation are dropped here.
+alone, so the name ends in a digest of everything the text depends on. It also copies and hashes the text at every
+call, several microseconds of them, so there the text is a file that two lines include.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from ..cache_folder import default_cache_dir
 from ..errors import KernelError
 
 CUDA, METAL = "cuda", "metal"
@@ -51,6 +55,28 @@ def text(name: str) -> str:
     source = resources.files(__package__).joinpath(name).read_text()
     source = re.sub(r"//[^\n]*", "", source)
     return "\n".join(line.strip() for line in source.splitlines() if line.strip()) + "\n"
+
+
+@cache
+def _folder() -> Path:
+    """Where included texts are kept: the cache directory, or one of this process where that cannot be written."""
+    folder = default_cache_dir() / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError):
+        folder = Path(tempfile.mkdtemp(prefix="mlx-kvq-plugin-"))
+    return folder
+
+
+def included(text: str) -> str:
+    """A line that includes a file with this text, which stays for later processes: MLX keeps what it compiled."""
+    path = _folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.h"
+    if not path.exists() or path.read_text() != text:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            file.write(text)
+        os.replace(file.name, path)
+    return f'#include "{path}"\n'
 
 
 @cache
@@ -106,6 +132,9 @@ def build(
     make, prelude = _custom[where] if where in _custom else (_maker(where), where)
     header = constants + text(f"{prelude}.h") + "".join(map(text, functions)) + extra
     source = PROLOGUES.get(prelude, "") + prologue + text(body)
+    if where == CUDA:  # MLX looks for the names of shapes in the text that it is given
+        shapes = "".join(f"// {name}_shape\n" for name in inputs if f"{name}_shape" in source)
+        header, source = included(header), included(source) + shapes
     digest = hashlib.sha256("\n".join([header, source, *inputs, *outputs]).encode()).hexdigest()[:16]
     return make(
         name=f"kvq_{name}_{digest}",
