@@ -16,12 +16,16 @@ from mlx_kvq_plugin.attention import AttendArgs, attend_packed
 from mlx_kvq_plugin.cache import KVQCache
 from mlx_kvq_plugin.codecs import Codec
 from mlx_kvq_plugin.kernels.attend import Call, FusedPlan
+from mlx_kvq_plugin.kernels.build import has_byte_products
+from mlx_kvq_plugin.kernels.byte_codes import has_bytes
+from mlx_kvq_plugin.kernels.codes import code_layout
 from mlx_kvq_plugin.kernels.dispatch import prepared_call
 from mlx_kvq_plugin.kernels.launch import Launch
 from mlx_kvq_plugin.rotary import Rotary
 
 # Relative errors of the whole output, and of a row of it, by dtype of queries.
 LIMITS = {mx.float32: (4e-3, 1.2e-2), mx.float16: (4e-3, 1.2e-2), mx.bfloat16: (5e-3, 1.3e-2)}
+ROUNDED = (2e-2, 8e-2)  # of what levels of bytes differ from those of codebooks
 MASKED = -1e9  # what mlx-lm's models add to a masked score
 
 
@@ -138,11 +142,16 @@ def _plan(call: Call, codecs: tuple[Codec, Codec, Rotary | None], launch: Launch
     return FusedPlan(call, *codecs, launch, on)
 
 
+def plan_of(config: Config, args: AttendArgs, on: str, groups: int = 8, rows: Sequence[KVQCache] = ()) -> FusedPlan:
+    _, call, _, codecs = prepared_call(rows or [args.cache], len(rows), args, args.mask)
+    return _plan(call, codecs, Launch(warps=config.warps, groups=groups, merge_threads=config.merge_threads), on)
+
+
 def fused(config: Config, args: AttendArgs, on: str, groups: int = 8, rows: Sequence[KVQCache] = ()) -> mx.array:
     """The kernels' output, of the one cache of `args` or of the rows of a batch."""
-    caches, call, mask, codecs = prepared_call(rows or [args.cache], len(rows), args, args.mask)
-    launch = Launch(warps=config.warps, groups=groups, merge_threads=config.merge_threads)
-    return _plan(call, codecs, launch, on)(caches, mx.contiguous(args.queries), mask, args.sinks)
+    caches, _, mask, _ = prepared_call(rows or [args.cache], len(rows), args, args.mask)
+    plan = plan_of(config, args, on, groups, rows)
+    return plan(caches, mx.contiguous(args.queries), mask, args.sinks)
 
 
 def twin(args: AttendArgs) -> mx.array:
@@ -180,9 +189,30 @@ def compare(config: Config, got: mx.array, expected: Any) -> None:
     assert whole <= limits[0] and row <= limits[1], f"errors {whole:.2e} and, of a row, {row:.2e}"
 
 
+def rounds(args: AttendArgs, on: str) -> bool:
+    """Whether kernels have levels of bytes."""
+    cache, dims = args.cache, (args.cache.dense_keys.shape[-1], args.cache.dense_values.shape[-1])
+    layouts = [code_layout(codec, dim) for codec, dim in zip((cache.key_codec, cache.value_codec), dims, strict=True)]
+    return has_byte_products(on) and all(map(has_bytes, layouts))
+
+
+def exactly(args: AttendArgs, on: str) -> Any:
+    """In float64, at the levels that kernels have."""
+    return in_float64(args, rounds(args, on))
+
+
+def compare_with_twin(config: Config, got: mx.array, args: AttendArgs, on: str) -> None:
+    """With plain operations, whose levels are those of codebooks."""
+    if rounds(args, on):
+        whole, row = errors(got, twin(args))
+        assert whole <= ROUNDED[0] and row <= ROUNDED[1], f"levels of bytes: {whole:.2e} and, of a row, {row:.2e}"
+    else:
+        compare(config, got, as_float64(twin(args)))
+
+
 def check(config: Config, held: Contents, on: str) -> None:
-    """The kernels' output against float64 and against plain operations."""
+    """The kernels' output against float64, at the levels that they decode, and against plain operations."""
     args = case_of(config, held)
     got = fused(config, args, on, held.groups)
-    compare(config, got, in_float64(args))
-    compare(config, got, as_float64(twin(args)))
+    compare(config, got, exactly(args, on))
+    compare_with_twin(config, got, args, on)

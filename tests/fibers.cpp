@@ -42,6 +42,7 @@ struct Fiber {
 struct Exchange {  // what the lanes of a warp show each other; two of them, for the rounds of a warp in turn
   kvq_host_word words[32];
   float a[16][16], b[16][8];
+  signed char byte_a[16][32], byte_b[32][8];
 };
 
 struct Array {
@@ -311,6 +312,20 @@ void kvq_host_mma(float* c, const kvq_host_word* a, const kvq_host_word* b, bool
     for (int k = 0; k < 16; k++) sum += e.a[row + i / 2 * 8][k] * e.b[k][col + i % 2];
     c[i] = sum;
   }
+}
+
+void kvq_host_mma_bytes(int* c, const kvq_host_word* a, const kvq_host_word* b, int line) {
+  if (threads % 32 != 0) kvq_host_fail("a product needs groups of whole warps, got %d threads", threads);
+  const int row = current % 32 >> 2, col = current % 4;
+  Exchange& e = exchange_of_round();
+  for (int i = 0; i < 4; i++) {
+    for (int part = 0; part < 4; part++)
+      e.byte_a[row + part % 2 * 8][4 * col + part / 2 * 16 + i] = (signed char)(a[part] >> 8 * i);
+    for (int part = 0; part < 2; part++) e.byte_b[4 * col + 16 * part + i][row] = (signed char)(b[part] >> 8 * i);
+  }
+  wait_at(at_product, line);
+  for (int i = 0; i < 4; i++)
+    for (int k = 0; k < 32; k++) c[i] += e.byte_a[row + i / 2 * 8][k] * e.byte_b[k][2 * col + i % 2];
 }
 
 void kvq_host_mma8(float* d, const float* a, const float* b, const float* c, int line) {

@@ -20,6 +20,8 @@ kvq_host_word kvq_host_ballot(bool x, int line);
 
 // c += a b as preludes define `kvq_mma`, 16 x 8 += 16 x 16 by 16 x 8; with `metal`, lanes hold what those of Metal hold.
 void kvq_host_mma(float* c, const kvq_host_word* a, const kvq_host_word* b, bool metal, int line);
+// c += a b as preludes define `kvq_mma_bytes`, 16 x 8 += 16 x 32 by 32 x 8.
+void kvq_host_mma_bytes(int* c, const kvq_host_word* a, const kvq_host_word* b, int line);
 // d = a b + c for 8 x 8 matrices of which a lane holds two neighbouring elements, as Metal's simdgroup matrices do.
 void kvq_host_mma8(float* d, const float* a, const float* b, const float* c, int line);
 

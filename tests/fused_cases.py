@@ -10,10 +10,13 @@ import numpy as np
 
 from mlx_kvq_plugin.attention import AttendArgs
 from mlx_kvq_plugin.cache import KVQCache
+from mlx_kvq_plugin.codecs import Codec
 from mlx_kvq_plugin.kernels.attend import FusedPlan
+from mlx_kvq_plugin.kernels.byte_codes import byte_levels as levels_of_bytes
 from mlx_kvq_plugin.kernels.dispatch import prepared_call
 from mlx_kvq_plugin.kernels.launch import Launch
 from mlx_kvq_plugin.rotary import Rotary, no_rotation, turn
+from mlx_kvq_plugin.rotation import unrotate
 from mlx_kvq_plugin.schemes import parse_scheme
 
 
@@ -99,15 +102,24 @@ def run(args: AttendArgs, launch: Launch, on: str) -> mx.array:
     return plan(caches, mx.contiguous(args.queries), mask, args.sinks)
 
 
-def in_float64(args: AttendArgs) -> Any:
+def decoded(codec: Codec, planes: Any, dim: int, statistics: Any, byte_levels: bool) -> mx.array:
+    """Tokens of a codec's planes; with `byte_levels` at the levels that products of bytes have."""
+    if not byte_levels:
+        return codec.decode(planes, dim, mx.float32, statistics)
+    integers, unit = levels_of_bytes(sum(codec.stages))
+    levels = mx.array(np.array(integers, np.float32) * unit)
+    return unrotate(levels[codec.codes(planes, dim)] * planes["scale"].astype(mx.float32), codec.seed)
+
+
+def in_float64(args: AttendArgs, byte_levels: bool = False) -> Any:
     """Attention on the decoded tokens in float64: `(B, Hq, L, Dv)`."""
     cache = args.cache
     dense_keys, dense_values = (np.array(x.astype(mx.float32), np.float64) for x in cache.dense_tokens())
     key_planes, value_planes = cache.packed_planes()
-    keys = cache.key_codec.decode(key_planes, dense_keys.shape[-1], mx.float32, cache.key_statistics)
+    keys = decoded(cache.key_codec, key_planes, dense_keys.shape[-1], cache.key_statistics, byte_levels)
     if cache.frame is not None:
         keys = cache.frame.decode(keys, cache.packed_position)
-    values = cache.value_codec.decode(value_planes, dense_values.shape[-1], mx.float32, cache.value_statistics)
+    values = decoded(cache.value_codec, value_planes, dense_values.shape[-1], cache.value_statistics, byte_levels)
     sinks = cache.sink_tokens
     k, v = (
         np.concatenate([dense[:, :, :sinks], np.array(past, np.float64), dense[:, :, sinks:]], axis=2)

@@ -323,7 +323,8 @@ BACKENDS: dict[str, dict[str, Any]] = {
 def register_backends() -> None:
     """Add the backends of this module to `build`."""
     for name, options in BACKENDS.items():
-        build.register_backend(name, partial(cpu_kernel, **options), options.get("prelude", "cpu"))
+        byte_products = "metal" not in name
+        build.register_backend(name, partial(cpu_kernel, **options), options.get("prelude", "cpu"), byte_products)
 
 
 def why_not() -> str:

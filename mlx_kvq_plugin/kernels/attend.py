@@ -16,7 +16,8 @@ import mlx.core as mx
 
 from ..codecs import Codec
 from ..rotary import BLOCK, Rotary
-from .build import CUDA, METAL, Kernel, backend, build, numbers
+from .build import CUDA, METAL, Kernel, backend, build, has_byte_products, numbers
+from .byte_codes import has_bytes, key_bytes_text, value_bytes_text
 from .codes import CodeLayout, code_layout, key_text, value_text, why_not_codes
 from .launch import Launch
 from .tables import tables_of
@@ -121,17 +122,32 @@ def _integers(rows: int) -> str:
 class FusedPlan:
     """Kernels and constant arrays for calls of one kind; made once, kept by the cache."""
 
-    def __init__(self, call: Call, key: Codec, value: Codec, rotary: Rotary | None, launch: Launch, on: str = ""):
+    def __init__(
+        self,
+        call: Call,
+        key: Codec,
+        value: Codec,
+        rotary: Rotary | None,
+        launch: Launch,
+        on: str = "",
+        halves: bool = False,
+    ):
         """
         Args:
             rotary: of the key frame; `None` without a frame.
             on: a backend; empty takes that of the default device.
+            halves: whether to multiply half precision numbers even where products of bytes would do.
         """
         self.call, self.rotary, self.launch = call, rotary, launch
         self.key_layout, self.value_layout = code_layout(key, call.key_dim), code_layout(value, call.value_dim)
         self.rows = call.repeat * call.queries
         wide = max(call.key_dim, call.value_dim) > 128
-        self.columns = 8 if self.rows <= 8 or wide else 16
+        self.bytes = not halves and has_byte_products(on or backend())
+        self.bytes = self.bytes and has_bytes(self.key_layout) and has_bytes(self.value_layout)
+        if self.bytes:  # a query takes two columns of products
+            self.columns = 4 if self.rows <= 4 else 8
+        else:
+            self.columns = 8 if self.rows <= 8 or wide else 16
         self.tiles = -(-self.rows // self.columns)
         self.tables = tables_of(key, call.key_dim, value, call.value_dim, rotary)
         self.dtype = {"float": mx.float32, "kvq_half": mx.float16, "kvq_bfloat": mx.bfloat16}[call.dtype]
@@ -145,6 +161,7 @@ class FusedPlan:
 
     def _defines(self) -> dict[str, Any]:
         call = self.call
+        wide = max(call.key_dim, call.value_dim) > 128
         pairs = self.rotary.pairs if self.rotary is not None else 0
         batches, heads, queries = call.mask or (1, 1, 1)
         return {
@@ -156,11 +173,11 @@ class FusedPlan:
             "KVQ_ROWS": self.rows,
             "KVQ_QUERIES": call.queries,
             "KVQ_COLUMNS": self.columns,
-            "KVQ_NT": self.columns // 8,
+            "KVQ_NT": self.columns // (4 if self.bytes else 8),
             "KVQ_QUERY_TILES": self.tiles,
             "KVQ_WARPS": self.launch.warps,
             "KVQ_REGIONS": self.regions,
-            "KVQ_AHEAD": self.columns == 8 and max(call.key_dim, call.value_dim) <= 128,
+            "KVQ_AHEAD": self.columns == (4 if self.bytes else 8) and not wide,
             "KVQ_SCALE": f"{call.scale!r}f",
             "KVQ_SOFTCAP_ON": call.softcap != 0,
             "KVQ_SOFTCAP": f"{float(call.softcap)!r}f",
@@ -206,11 +223,15 @@ class FusedPlan:
             prologue += _chosen("float", "frame", "(2 * KVQ_DK - KVQ_PAIRS)", call.rows)
             prologue += "KVQ_DEVICE const float* frame_mean = frame;\n"
             prologue += "KVQ_DEVICE const float* frame_scale = frame + KVQ_DK;\n"
+        if self.bytes:
+            codes = key_bytes_text(self.key_layout) + value_bytes_text(self.value_layout)
+        else:
+            codes = key_text(self.key_layout) + value_text(self.value_layout)
         return build(
             "attend",
             inputs,
             ["partial"],
-            "attend.h",
+            ["attend.h", "attend_bytes.h" if self.bytes else "attend_halves.h", "attend_end.h"],
             ["common.h"],
             {
                 **self._defines(),
@@ -221,7 +242,7 @@ class FusedPlan:
                 "KVQ_GROUPS_PER_CORE": self.launch.groups_per_core,
             },
             on,
-            extra=key_text(self.key_layout) + value_text(self.value_layout),
+            extra=codes,
             prologue=prologue,
         )
 
@@ -251,7 +272,7 @@ class FusedPlan:
             "merge",
             inputs,
             ["output"],
-            "merge.h",
+            ["merge.h"],
             ["common.h"],
             {
                 **self._defines(),

@@ -86,23 +86,32 @@ def _maker(backend_name: str) -> Maker:
 
 
 _custom: dict[str, tuple[Maker, str]] = {}
+_byte_products = {CUDA}
 
 
-def register_backend(name: str, maker: Maker, prelude: str = "cpu") -> None:
+def register_backend(name: str, maker: Maker, prelude: str = "cpu", byte_products: bool = False) -> None:
     """Add a backend that is not a device of MLX, for tests.
 
     Args:
         maker: called as `mx.fast.metal_kernel` is.
         prelude: whose text kernels are written on: `cpu`, `metal` or `cuda`.
+        byte_products: see `has_byte_products`.
     """
     _custom[name] = maker, prelude
+    if byte_products:
+        _byte_products.add(name)
+
+
+def has_byte_products(name: str) -> bool:
+    """Whether a backend multiplies matrices of 8-bit integers; Metal does not."""
+    return name in _byte_products
 
 
 def build(
     name: str,
     inputs: Sequence[str],
     outputs: Sequence[str],
-    body: str,
+    body: Sequence[str],
     functions: Sequence[str] = (),
     defines: Mapping[str, Any] | None = None,
     on: str = "",
@@ -114,7 +123,7 @@ def build(
     Args:
         name: of the kernel, for profilers; a digest is appended.
         inputs, outputs: names of the arrays in the body.
-        body: file with the body of the kernel function.
+        body: files whose texts make the body of the kernel function.
         functions: files with functions that it uses.
         defines: constants; booleans become 0 and 1.
         on: a backend; empty takes that of the default device.
@@ -131,7 +140,7 @@ def build(
     constants = "".join(f"#define {key} {value}\n" for key, value in values.items())
     make, prelude = _custom[where] if where in _custom else (_maker(where), where)
     header = constants + text(f"{prelude}.h") + "".join(map(text, functions)) + extra
-    source = PROLOGUES.get(prelude, "") + prologue + text(body)
+    source = PROLOGUES.get(prelude, "") + prologue + "".join(map(text, body))
     if where == CUDA:  # MLX looks for the names of shapes in the text that it is given
         shapes = "".join(f"// {name}_shape\n" for name in inputs if f"{name}_shape" in source)
         header, source = included(header), included(source) + shapes

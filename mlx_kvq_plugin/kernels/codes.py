@@ -127,7 +127,7 @@ def _polynomial(bits: int) -> tuple[str, float]:
     return text + " y = kvq_hmul2(y, t);", 1.0
 
 
-def _moved(word: str, shift: int) -> str:
+def moved(word: str, shift: int) -> str:
     return f"({word} << {shift})" if shift > 0 else f"({word} >> {-shift})" if shift else word
 
 
@@ -199,7 +199,7 @@ def _levels(side: str, layout: CodeLayout, both_bytes: bool) -> str:
                     mask = 0
                     for slot in chosen[rest::stride]:
                         mask |= ((1 << field.width) - 1) << (slot * wide - first + 1 + field.shift)
-                    terms.append((_moved(name, base + field.shift), _both(mask)))
+                    terms.append((moved(name, base + field.shift), _both(mask)))
                 text = terms[0][0]
                 for term, mask in terms[1:]:
                     text = f"kvq_select(0x{mask:08x}u, {term}, {text})"
@@ -211,7 +211,7 @@ def _levels(side: str, layout: CodeLayout, both_bytes: bool) -> str:
                 if small:
                     up = 10 - bits - (slots // 2 - 1 - slot % (slots // 2)) * wide - p
                     level = _small_level(
-                        layout, slot, f"({_moved(word, up)} & 0x{_both(((1 << bits) - 1) << p + up):08x}u)"
+                        layout, slot, f"({moved(word, up)} & 0x{_both(((1 << bits) - 1) << p + up):08x}u)"
                     )
                 else:
                     exponent = 11 - bits - p
@@ -246,7 +246,7 @@ def _load(size: int, pointer: str, words: str) -> str:
     return f"{words}[0] = kvq_load{size}({pointer});"
 
 
-def _loader(side: str, layout: CodeLayout, parts: int) -> str:
+def loader(side: str, layout: CodeLayout, parts: int) -> str:
     """Loads of one of `parts` equal parts of rows, field after field.
 
     `<side>_fields(planes, row, part, fields)` points at a row; `<side>_load(fields, part, offset, words)` loads the row
@@ -293,7 +293,7 @@ def key_text(layout: CodeLayout) -> str:
         body += f"  key_levels({', '.join(given)}, masks, out + {word * per_word});\n"
     byte = f"pair / {per_word} * 4 + pair % {per_word} / {slots} + 2 * second" if whole else "second"
     return (
-        _loader("key", layout, 4)
+        loader("key", layout, 4)
         + _levels("key", layout, whole)
         + "KVQ_FUNC void key_pairs(KVQ_PRIVATE const kvq_uint* words, KVQ_PRIVATE const kvq_uint* masks, "
         + f"KVQ_PRIVATE kvq_uint* out) {{\n{body}}}\n"
@@ -323,7 +323,7 @@ def value_text(layout: CodeLayout) -> str:
         body += f"  value_levels({', '.join(given)}, masks, out + {half * per_half});\n"
     byte = f"pair / {per_half} * 2 + pair % {per_half} / {slots}" if both else "0"
     return (
-        _loader("value", layout, 8)
+        loader("value", layout, 8)
         + _levels("value", layout, both)
         + "KVQ_FUNC void value_pairs(KVQ_PRIVATE const kvq_uint* words, KVQ_PRIVATE const kvq_uint* next, "
         + f"KVQ_PRIVATE const kvq_uint* masks, KVQ_PRIVATE kvq_uint* out) {{\n{body}}}\n"

@@ -2,6 +2,9 @@
 #define KVQ_LOG2E 1.4426950408889634f
 #define KVQ_LOWEST -1.0e30f
 #define KVQ_WEIGHT_PEAK 1024.0f
+#define KVQ_QUERY_UNITS 16256.0f
+#define KVQ_WEIGHT_UNITS 16383.0f
+#define KVQ_SMALLEST_SIZE 9.0949470e-13f
 
 KVQ_FUNC float kvq_warp_max(float x) {
   KVQ_UNROLL

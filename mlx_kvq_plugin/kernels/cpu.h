@@ -42,6 +42,7 @@ KVQ_FUNC float kvq_flushed(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.
 
 KVQ_FUNC float kvq_exp2(float x) { return kvq_flushed(exp2f(x)); }
 KVQ_FUNC float kvq_log2(float x) { return log2f(x); }
+KVQ_FUNC float kvq_inverse(float x) { return 1.0f / x; }
 KVQ_FUNC float kvq_rsqrt(float x) { return 1.0f / sqrtf(x); }
 KVQ_FUNC float kvq_sqrt(float x) { return sqrtf(x); }
 KVQ_FUNC float kvq_tanh(float x) { return tanhf(x); }
@@ -91,6 +92,17 @@ KVQ_FUNC kvq_uint kvq_low_halves(kvq_uint x, kvq_uint y) { return (x & 0xffffu) 
 KVQ_FUNC kvq_uint kvq_high_halves(kvq_uint x, kvq_uint y) { return x >> 16 | (y & 0xffff0000u); }
 KVQ_FUNC kvq_uint kvq_opaque(kvq_uint x) { return x; }
 KVQ_FUNC kvq_uint kvq_select(kvq_uint mask, kvq_uint x, kvq_uint y) { return (x & mask) | (y & ~mask); }
+
+KVQ_FUNC kvq_uint kvq_permute(kvq_uint low, kvq_uint high, kvq_uint selector) {
+  const uint64_t both = (uint64_t)high << 32 | low;
+  kvq_uint z = 0;
+  for (int i = 0; i < 4; i++) {
+    const kvq_uint nibble = selector >> (4 * i) & 15, byte = (kvq_uint)(both >> (8 * (nibble & 7))) & 0xffu;
+    z |= (nibble & 8 ? (byte & 0x80 ? 0xffu : 0u) : byte) << (8 * i);
+  }
+  return z;
+}
+KVQ_FUNC int kvq_round(float x) { return (int)nearbyintf(x); }
 
 KVQ_FUNC kvq_bfloat kvq_to_bfloat(float x) {
   const kvq_uint bits = kvq_float_bits(x);
@@ -144,6 +156,11 @@ KVQ_FUNC void kvq_mma(float* c, kvq_uint a0, kvq_uint a1, kvq_uint a2, kvq_uint 
 #else
   kvq_host_mma(c, a, b, false, line);
 #endif
+}
+KVQ_FUNC void kvq_mma_bytes(int* c, kvq_uint a0, kvq_uint a1, kvq_uint a2, kvq_uint a3, kvq_uint b0, kvq_uint b1,
+                            int line = __builtin_LINE()) {
+  const kvq_uint a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+  kvq_host_mma_bytes(c, a, b, line);
 }
 // All lanes must come even where nothing moves, as they must where something does; a vote orders no memory.
 KVQ_FUNC kvq_uint kvq_to_b(kvq_uint transposed, int line = __builtin_LINE()) {

@@ -40,6 +40,7 @@ typedef long long kvq_long;
 
 KVQ_FUNC float kvq_exp2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 KVQ_FUNC float kvq_log2(float x) { return __log2f(x); }
+KVQ_FUNC float kvq_inverse(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 KVQ_FUNC float kvq_rsqrt(float x) { return rsqrtf(x); }
 KVQ_FUNC float kvq_sqrt(float x) { return sqrtf(x); }
 KVQ_FUNC float kvq_tanh(float x) { return tanhf(x); }
@@ -77,6 +78,16 @@ KVQ_FUNC kvq_uint kvq_select(kvq_uint mask, kvq_uint x, kvq_uint y) {
   asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(z) : "r"(mask), "r"(x), "r"(y));  // one instruction, which compilers split
   return z;
 }
+
+// Four bytes of (high, low), chosen by the nibbles of a selector; where the highest bit of a nibble is set, eight copies
+// of the chosen byte's sign.
+KVQ_FUNC kvq_uint kvq_permute(kvq_uint low, kvq_uint high, kvq_uint selector) {
+  kvq_uint z;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(z) : "r"(low), "r"(high), "r"(selector));
+  return z;
+}
+KVQ_FUNC kvq_uint kvq_float_bits(float x) { return __float_as_uint(x); }
+KVQ_FUNC int kvq_round(float x) { return __float2int_rn(x); }
 
 KVQ_FUNC float kvq_load_bfloat(const kvq_bfloat* p, kvq_long i) { return __bfloat162float(p[i]); }
 KVQ_FUNC kvq_bfloat kvq_to_bfloat(float x) { return __float2bfloat16(x); }
@@ -125,4 +136,15 @@ KVQ_FUNC kvq_uint kvq_rows_to_b(kvq_uint rows) {
   kvq_uint b;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(b) : "r"(rows));
   return b;
+}
+
+// c += a b, 16 x 8 += 16 x 32 by 32 x 8, of signed bytes, four neighbouring ones in a register, the first lowest.
+//   c: as of `kvq_mma`, integers
+//   a: columns 4 col to 4 col + 3 of row and of row + 8, then columns 4 col + 16 to 4 col + 19 of both
+//   b: rows 4 col to 4 col + 3 of column KVQ_ROW, then rows 4 col + 16 to 4 col + 19
+KVQ_FUNC void kvq_mma_bytes(int* c, kvq_uint a0, kvq_uint a1, kvq_uint a2, kvq_uint a3, kvq_uint b0, kvq_uint b1) {
+  asm(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }

@@ -51,7 +51,7 @@ class Decoder:
             "decode",
             [*inputs, *sides.frame_inputs()],
             ["keys", "values"],
-            "decode.h",
+            ["decode.h"],
             ["common.h", "lanes.h", "decode_tokens.h"],
             {**sides.defines(), "KVQ_BLOCKS": BLOCKS},
             on,

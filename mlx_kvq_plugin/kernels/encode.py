@@ -55,7 +55,7 @@ class Encoder:
             "encode",
             ["dense_keys", "dense_values", "key_signs", "value_signs", "numbers", *sides.frame_inputs()],
             [*sides.plane_inputs(), *(["new_keys", "new_values"] if compact else [])],
-            "encode.h",
+            ["encode.h"],
             ["common.h", "lanes.h", "encode_tokens.h"],
             {**sides.defines(), "KVQ_TILE": TILE, "KVQ_COMPACT": compact},
             on,
