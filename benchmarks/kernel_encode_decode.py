@@ -253,7 +253,7 @@ def main() -> None:
     if arguments.store:
         store("kernel_encode_decode", rows)
     print_table(
-        ["kernel", "scheme", "tokens", "us a call", "of them building", "us of plain operations", "TB/s", "of copy"],
+        ["kernel", "scheme", "tokens", "us a call", "us of the host", "us of plain operations", "TB/s", "of copy"],
         [tuple(row.values()) for row in rows],
     )
     if not all(right for _, right in checks):

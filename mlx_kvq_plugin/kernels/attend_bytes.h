@@ -42,7 +42,18 @@ const int first_tile = KVQ_GROUP_X * KVQ_WARPS + warp;
 KVQ_DEVICE const kvq_byte* key_field[KVQ_KEY_FIELDS];
 KVQ_DEVICE const kvq_byte* value_field[KVQ_VALUE_FIELDS];
 kvq_uint key_words[4][2][KVQ_KEY_WORDS], value_words[4][4][KVQ_VALUE_WORDS];
+kvq_uint raw_sizes[4];  // scales of keys, and of values, of tokens `lane` and `lane + 32` of a tile
+#define KVQ_LOAD_SIZES(tile) \
+  { \
+    KVQ_UNROLL \
+    for (int i = 0; i < 2; i++) { \
+      const int token = (tile) * 64 + 32 * i + lane; \
+      raw_sizes[2 * i] = kvq_load2((KVQ_DEVICE const kvq_byte*)(key_scale + token)); \
+      raw_sizes[2 * i + 1] = kvq_load2((KVQ_DEVICE const kvq_byte*)(value_scale + token)); \
+    } \
+  }
 #if KVQ_AHEAD
+KVQ_LOAD_SIZES(kvq_min(first_tile, last_tile));
 key_fields(KVQ_KEY_PLANES, kvq_min(first_tile, last_tile) * 64 + row, col, key_field);
 KVQ_UNROLL
 for (int sub = 0; sub < 4; sub++) {
@@ -50,45 +61,82 @@ for (int sub = 0; sub < 4; sub++) {
   key_load(key_field, col, 16 * sub + 8, key_words[sub][1]);
 }
 #endif
+
+#if KVQ_FRAME && KVQ_PAIR_STEPS
+// The mean term's queries, turned to the tile that a warp is at: of rotary pairs 8 step + lane % 8, query lane / 8. They
+// go through shared memory into the order of operands, and are turned on by the distance of a warp's tiles.
+#define KVQ_OPERANDS (2 * KVQ_PAIR_STEPS + 4)
+KVQ_SHARED_ARRAY(float, shared_steps, 16 * KVQ_PAIR_STEPS);
+KVQ_SHARED_ARRAY(kvq_uint, shared_operands, KVQ_WARPS * KVQ_NT * 16 * KVQ_OPERANDS);
+const int operands = warp * (KVQ_NT * 16 * KVQ_OPERANDS);
+for (int p = KVQ_THREAD; p < 8 * KVQ_PAIR_STEPS; p += 32 * KVQ_WARPS) {
+  const bool used = p < KVQ_PAIRS && stride <= last_tile;  // else no warp has a second tile
+  shared_steps[2 * p] = used ? block_turns[2 * (stride * KVQ_PAIRS + p)] : 0.0f;
+  shared_steps[2 * p + 1] = used ? block_turns[2 * (stride * KVQ_PAIRS + p) + 1] : 0.0f;
+}
+float even[KVQ_NT][KVQ_PAIR_STEPS], odd[KVQ_NT][KVQ_PAIR_STEPS];
+KVQ_UNROLL
+for (int step = 0; step < KVQ_PAIR_STEPS; step++) {
+  const int p = 8 * step + lane % 8;
+  float c = 0.0f, s = 0.0f;
+  if (p < KVQ_PAIRS) kvq_load_floats(block_turns + 2 * (kvq_min(first_tile, last_tile) * KVQ_PAIRS + p), c, s);
+  KVQ_UNROLL
+  for (int nt = 0; nt < KVQ_NT; nt++) {
+    const int at = (4 * nt + lane / 8) * KVQ_MEAN_STRIDE + 2 * p;
+    even[nt][step] = shared_mean[at] * c + shared_mean[at + 1] * s;
+    odd[nt][step] = shared_mean[at + 1] * c - shared_mean[at] * s;
+  }
+}
+KVQ_BARRIER();
+#endif
 KVQ_NO_UNROLL
 for (int tile = first_tile; tile <= last_tile; tile += stride) {
   // Planes have room for the whole of a last, partial tile; what stands there gets no weight.
   const int tile_row = tile * 64;
   const bool whole = tile_row + 64 <= packed;
-  KVQ_DEVICE const kvq_bfloat* key_sizes = key_scale + (tile_row + row);
-  KVQ_DEVICE const kvq_bfloat* value_sizes = value_scale + (tile_row + row);
+#if !KVQ_AHEAD
+  KVQ_LOAD_SIZES(tile);
+#endif
   float key_size[4][2], value_size[4][2];
-  KVQ_UNROLL
-  for (int sub = 0; sub < 4; sub++) {
-    key_size[sub][0] = kvq_load_bfloat(key_sizes, 16 * sub), key_size[sub][1] = kvq_load_bfloat(key_sizes, 16 * sub + 8);
-    value_size[sub][0] = kvq_load_bfloat(value_sizes, 16 * sub);
-    value_size[sub][1] = kvq_load_bfloat(value_sizes, 16 * sub + 8);
+  {
+    const kvq_uint both[2] = {kvq_low_halves(raw_sizes[0], raw_sizes[1]), kvq_low_halves(raw_sizes[2], raw_sizes[3])};
+    KVQ_UNROLL
+    for (int sub = 0; sub < 4; sub++) {
+      KVQ_UNROLL
+      for (int i = 0; i < 2; i++) {
+        const kvq_uint found = kvq_shuffle_uint(both[sub / 2], 16 * (sub % 2) + 8 * i + row);
+        key_size[sub][i] = kvq_bits_float(found << 16), value_size[sub][i] = kvq_bits_float(found & 0xffff0000u);
+      }
+    }
   }
   value_fields(KVQ_VALUE_PLANES, tile_row + 2 * col, row, value_field);
 #if !KVQ_AHEAD
   key_fields(KVQ_KEY_PLANES, tile_row + row, col, key_field);
 #endif
 
-#if KVQ_FRAME
-  // The right operand of the mean term: column 2 n for query row n, the others zero.
-  KVQ_DEVICE const float* turns = block_turns + 2 * (tile * KVQ_PAIRS + col);
-  kvq_uint mean[KVQ_NT][KVQ_PAIR_STEPS + (KVQ_PAIR_STEPS == 0)][2];
+#if KVQ_FRAME && KVQ_PAIR_STEPS
+  kvq_uint mean[KVQ_NT][KVQ_PAIR_STEPS][2];  // in columns of low bytes too, whose sums are not used
   KVQ_UNROLL
   for (int step = 0; step < KVQ_PAIR_STEPS; step++) {
+    const int p = 8 * step + lane % 8;
+    const float c = shared_steps[2 * p], s = shared_steps[2 * p + 1];
     KVQ_UNROLL
-    for (int i = 0; i < 2; i++) {
-      const int p = 8 * step + 4 * i + col;
-      const bool used = 8 * KVQ_PAIR_STEPS == KVQ_PAIRS || p < KVQ_PAIRS;
-      float c = 0.0f, s = 0.0f;
-      if (used) kvq_load_floats(turns + 2 * (8 * step + 4 * i), c, s);
-      KVQ_UNROLL
-      for (int nt = 0; nt < KVQ_NT; nt++) {
-        const int at = (4 * nt + row / 2) * KVQ_MEAN_STRIDE + 2 * p;
-        const float even = shared_mean[at], odd = shared_mean[at + 1];
-        mean[nt][step][i] = kvq_to_b(kvq_pack_half2(even * c + odd * s, odd * c - even * s));
-      }
+    for (int nt = 0; nt < KVQ_NT; nt++) {
+      const int at = operands + (16 * nt + lane / 8 * 4 + lane % 4) * KVQ_OPERANDS + 2 * step + lane % 8 / 4;
+      const float x = even[nt][step], y = odd[nt][step];
+      shared_operands[at] = kvq_pack_half2(x, y);
+      even[nt][step] = x * c + y * s;
+      odd[nt][step] = y * c - x * s;
     }
   }
+  KVQ_WARP_BARRIER();
+  KVQ_UNROLL
+  for (int nt = 0; nt < KVQ_NT; nt++) {
+    KVQ_UNROLL
+    for (int i = 0; i < 2 * KVQ_PAIR_STEPS; i++)
+      mean[nt][i / 2][i % 2] = shared_operands[operands + (16 * nt + row / 2 * 4 + col) * KVQ_OPERANDS + i];
+  }
+  KVQ_WARP_BARRIER();
 #endif
 
   float scores[4][KVQ_NT][2];
@@ -113,7 +161,7 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
         kvq_mma_bytes(k % 2 ? others : products, near_quads[2 * k], far_quads[2 * k], near_quads[2 * k + 1],
                       far_quads[2 * k + 1], query[nt][k % (KVQ_DK / 32)][0], query[nt][k % (KVQ_DK / 32)][1]);
 #if KVQ_FRAME
-      float means[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      float means[4] = {0.0f, 0.0f, 0.0f, 0.0f}, more_means[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       KVQ_UNROLL
       for (int step = 0; step < KVQ_PAIR_STEPS; step++) {
         const int at = ((sub * KVQ_PAIR_STEPS + step) * 32 + row * 4 + col) * 4;
@@ -123,7 +171,9 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
         kvq_uint turn[4];
         kvq_load16(inner_turns + 4 * at, turn);
 #endif
-        kvq_mma(means, turn[0], turn[1], turn[2], turn[3], mean[nt][step][0], mean[nt][step][1]);
+#if KVQ_PAIR_STEPS
+        kvq_mma(step % 2 ? more_means : means, turn[0], turn[1], turn[2], turn[3], mean[nt][step][0], mean[nt][step][1]);
+#endif
       }
 #endif
       KVQ_UNROLL
@@ -131,7 +181,7 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
         const int product = (products[2 * i] + others[2 * i]) * 128 + (products[2 * i + 1] + others[2 * i + 1]);
         float score = (float)product * (key_size[sub][i] * factor[nt]);
 #if KVQ_FRAME
-        score += kvq_fma(means[2 * i], mean_factor[nt], steady[nt]);
+        score += kvq_fma(means[2 * i] + more_means[2 * i], mean_factor[nt], steady[nt]);
 #endif
 #if KVQ_SOFTCAP_ON
         score = KVQ_SOFTCAP * KVQ_LOG2E * kvq_tanh(score * (1.0f / (KVQ_SOFTCAP * KVQ_LOG2E)));
@@ -205,7 +255,13 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
     tile_total[nt] = 0.0f;
   }
 #if KVQ_AHEAD
+  KVQ_LOAD_SIZES(kvq_min(tile + stride, last_tile));
   key_fields(KVQ_KEY_PLANES, kvq_min(tile + stride, last_tile) * 64 + row, col, key_field);
+  KVQ_UNROLL
+  for (int sub = 0; sub < 4; sub++) {
+    key_load(key_field, col, 16 * sub, key_words[sub][0]);
+    key_load(key_field, col, 16 * sub + 8, key_words[sub][1]);
+  }
 #endif
 
   int tile_sums[KVQ_NT][KVQ_DV / 16][4];
@@ -229,10 +285,6 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
 #endif
       // In the order in which a transposition of pairs of tokens leaves their weights.
       value_quads(value_words[sub][0], value_words[sub][2], value_words[sub][1], value_words[sub][3], quads[half]);
-#if KVQ_AHEAD
-      key_load(key_field, col, 16 * sub, key_words[sub][0]);
-      key_load(key_field, col, 16 * sub + 8, key_words[sub][1]);
-#endif
       KVQ_UNROLL
       for (int nt = 0; nt < KVQ_NT; nt++) {
         kvq_uint whole_weight[2];

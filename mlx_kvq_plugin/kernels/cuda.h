@@ -39,7 +39,7 @@ typedef long long kvq_long;
 #define KVQ_INFINITY __int_as_float(0x7f800000)
 
 KVQ_FUNC float kvq_exp2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-KVQ_FUNC float kvq_log2(float x) { return __log2f(x); }
+KVQ_FUNC float kvq_log2(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 KVQ_FUNC float kvq_inverse(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 KVQ_FUNC float kvq_rsqrt(float x) { return rsqrtf(x); }
 KVQ_FUNC float kvq_sqrt(float x) { return sqrtf(x); }
@@ -87,6 +87,7 @@ KVQ_FUNC kvq_uint kvq_permute(kvq_uint low, kvq_uint high, kvq_uint selector) {
   return z;
 }
 KVQ_FUNC kvq_uint kvq_float_bits(float x) { return __float_as_uint(x); }
+KVQ_FUNC float kvq_bits_float(kvq_uint x) { return __uint_as_float(x); }
 KVQ_FUNC int kvq_round(float x) { return __float2int_rn(x); }
 
 KVQ_FUNC float kvq_load_bfloat(const kvq_bfloat* p, kvq_long i) { return __bfloat162float(p[i]); }
