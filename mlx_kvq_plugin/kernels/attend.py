@@ -224,14 +224,16 @@ class FusedPlan:
             prologue += "KVQ_DEVICE const float* frame_mean = frame;\n"
             prologue += "KVQ_DEVICE const float* frame_scale = frame + KVQ_DK;\n"
         if self.bytes:
+            parts = ["attend_first.h", "attend_queries.h", "attend_bytes.h"]
             codes = key_bytes_text(self.key_layout) + value_bytes_text(self.value_layout)
         else:
+            parts = ["attend_queries.h", "attend_halves.h"]
             codes = key_text(self.key_layout) + value_text(self.value_layout)
         return build(
             "attend",
             inputs,
             ["partial"],
-            ["attend.h", "attend_bytes.h" if self.bytes else "attend_halves.h", "attend_end.h"],
+            ["attend.h", *parts, "attend_end.h"],
             ["common.h"],
             {
                 **self._defines(),

@@ -37,57 +37,17 @@ for (int nt = 0; nt < KVQ_NT; nt++) {
   total[nt] = 0.0f;
 }
 
-const int last_tile = (packed - 1) / 64, stride = splits * KVQ_WARPS;
-const int first_tile = KVQ_GROUP_X * KVQ_WARPS + warp;
-KVQ_DEVICE const kvq_byte* key_field[KVQ_KEY_FIELDS];
-KVQ_DEVICE const kvq_byte* value_field[KVQ_VALUE_FIELDS];
-kvq_uint key_words[4][2][KVQ_KEY_WORDS], value_words[4][4][KVQ_VALUE_WORDS];
-kvq_uint raw_sizes[4];  // scales of keys, and of values, of tokens `lane` and `lane + 32` of a tile
-#define KVQ_LOAD_SIZES(tile) \
-  { \
-    KVQ_UNROLL \
-    for (int i = 0; i < 2; i++) { \
-      const int token = (tile) * 64 + 32 * i + lane; \
-      raw_sizes[2 * i] = kvq_load2((KVQ_DEVICE const kvq_byte*)(key_scale + token)); \
-      raw_sizes[2 * i + 1] = kvq_load2((KVQ_DEVICE const kvq_byte*)(value_scale + token)); \
-    } \
-  }
-#if KVQ_AHEAD
-KVQ_LOAD_SIZES(kvq_min(first_tile, last_tile));
-key_fields(KVQ_KEY_PLANES, kvq_min(first_tile, last_tile) * 64 + row, col, key_field);
-KVQ_UNROLL
-for (int sub = 0; sub < 4; sub++) {
-  key_load(key_field, col, 16 * sub, key_words[sub][0]);
-  key_load(key_field, col, 16 * sub + 8, key_words[sub][1]);
-}
-#endif
-
 #if KVQ_FRAME && KVQ_PAIR_STEPS
-// The mean term's queries, turned to the tile that a warp is at: of rotary pairs 8 step + lane % 8, query lane / 8. They
-// go through shared memory into the order of operands, and are turned on by the distance of a warp's tiles.
-#define KVQ_OPERANDS (2 * KVQ_PAIR_STEPS + 4)
-KVQ_SHARED_ARRAY(float, shared_steps, 16 * KVQ_PAIR_STEPS);
-KVQ_SHARED_ARRAY(kvq_uint, shared_operands, KVQ_WARPS * KVQ_NT * 16 * KVQ_OPERANDS);
-const int operands = warp * (KVQ_NT * 16 * KVQ_OPERANDS);
-for (int p = KVQ_THREAD; p < 8 * KVQ_PAIR_STEPS; p += 32 * KVQ_WARPS) {
-  const bool used = p < KVQ_PAIRS && stride <= last_tile;  // else no warp has a second tile
-  shared_steps[2 * p] = used ? block_turns[2 * (stride * KVQ_PAIRS + p)] : 0.0f;
-  shared_steps[2 * p + 1] = used ? block_turns[2 * (stride * KVQ_PAIRS + p) + 1] : 0.0f;
-}
 float even[KVQ_NT][KVQ_PAIR_STEPS], odd[KVQ_NT][KVQ_PAIR_STEPS];
 KVQ_UNROLL
 for (int step = 0; step < KVQ_PAIR_STEPS; step++) {
-  const int p = 8 * step + lane % 8;
-  float c = 0.0f, s = 0.0f;
-  if (p < KVQ_PAIRS) kvq_load_floats(block_turns + 2 * (kvq_min(first_tile, last_tile) * KVQ_PAIRS + p), c, s);
   KVQ_UNROLL
   for (int nt = 0; nt < KVQ_NT; nt++) {
-    const int at = (4 * nt + lane / 8) * KVQ_MEAN_STRIDE + 2 * p;
-    even[nt][step] = shared_mean[at] * c + shared_mean[at + 1] * s;
-    odd[nt][step] = shared_mean[at + 1] * c - shared_mean[at] * s;
+    const int at = (4 * nt + lane / 8) * KVQ_MEAN_STRIDE + 2 * (8 * step + lane % 8);
+    even[nt][step] = shared_mean[at] * first_cos[step] + shared_mean[at + 1] * first_sin[step];
+    odd[nt][step] = shared_mean[at + 1] * first_cos[step] - shared_mean[at] * first_sin[step];
   }
 }
-KVQ_BARRIER();
 #endif
 KVQ_NO_UNROLL
 for (int tile = first_tile; tile <= last_tile; tile += stride) {
@@ -209,19 +169,15 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
     }
   }
 
-  // Scales of values relative to the largest of the tile: their logarithms, and inverses.
-  float size = 0.0f, lift[4][2];
-  KVQ_UNROLL
-  for (int sub = 0; sub < 4; sub++) size = kvq_max(size, kvq_max(value_size[sub][0], value_size[sub][1]));
-  size = kvq_row_max(size);
-  const float inverse_size = size > 1.0e-30f ? kvq_inverse(size) : 0.0f;
+  // Logarithms and inverses of the scales of values.
+  float lift[4][2];
   KVQ_UNROLL
   for (int sub = 0; sub < 4; sub++) {
     KVQ_UNROLL
     for (int i = 0; i < 2; i++) {
-      value_size[sub][i] = kvq_max(value_size[sub][i] * inverse_size, KVQ_SMALLEST_SIZE);
-      lift[sub][i] = kvq_log2(value_size[sub][i]);
-      value_size[sub][i] = kvq_inverse(value_size[sub][i]);
+      const float size = kvq_max(value_size[sub][i], KVQ_SMALLEST_SIZE);
+      lift[sub][i] = kvq_log2(size);
+      value_size[sub][i] = kvq_inverse(size);
     }
   }
   // Online softmax: one maximum for a tile, and one of weights times scales of values.
@@ -310,14 +266,13 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
   }
   KVQ_UNROLL
   for (int nt = 0; nt < KVQ_NT; nt++) {
-    const float unit = share[nt] * size;
     total[nt] = kvq_fma(tile_total[nt], share[nt], total[nt]);
     KVQ_UNROLL
     for (int mt = 0; mt < KVQ_DV / 16; mt++) {
       KVQ_UNROLL
       for (int j = 0; j < 2; j++)
         sums[nt][mt][j] =
-            kvq_fma((float)(tile_sums[nt][mt][2 * j] * 128 + tile_sums[nt][mt][2 * j + 1]), unit, sums[nt][mt][j]);
+            kvq_fma((float)(tile_sums[nt][mt][2 * j] * 128 + tile_sums[nt][mt][2 * j + 1]), share[nt], sums[nt][mt][j]);
     }
   }
 }

@@ -4,7 +4,7 @@
 #define KVQ_WEIGHT_PEAK 1024.0f
 #define KVQ_QUERY_UNITS 16256.0f
 #define KVQ_WEIGHT_UNITS 16383.0f
-#define KVQ_SMALLEST_SIZE 9.0949470e-13f
+#define KVQ_SMALLEST_SIZE 8.6736174e-19f  // 2^-60: of a scale of values, whose inverse weights are multiplied by
 
 KVQ_FUNC float kvq_warp_max(float x) {
   KVQ_UNROLL

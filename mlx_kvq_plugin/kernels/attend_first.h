@@ -1,0 +1,47 @@
+// What a warp loads first, for attend_bytes.h: its first tile's codes, and what turns the mean term's queries.
+const int last_tile = (packed - 1) / 64, stride = splits * KVQ_WARPS;
+const int first_tile = KVQ_GROUP_X * KVQ_WARPS + warp;
+KVQ_DEVICE const kvq_byte* key_field[KVQ_KEY_FIELDS];
+KVQ_DEVICE const kvq_byte* value_field[KVQ_VALUE_FIELDS];
+kvq_uint key_words[4][2][KVQ_KEY_WORDS], value_words[4][4][KVQ_VALUE_WORDS];
+kvq_uint raw_sizes[4];  // scales of keys, and of values, of tokens `lane` and `lane + 32` of a tile
+#define KVQ_LOAD_SIZES(tile) \
+  { \
+    KVQ_UNROLL \
+    for (int i = 0; i < 2; i++) { \
+      const int token = (tile) * 64 + 32 * i + lane; \
+      raw_sizes[2 * i] = kvq_load2((KVQ_DEVICE const kvq_byte*)(key_scale + token)); \
+      raw_sizes[2 * i + 1] = kvq_load2((KVQ_DEVICE const kvq_byte*)(value_scale + token)); \
+    } \
+  }
+#if KVQ_AHEAD
+KVQ_LOAD_SIZES(kvq_min(first_tile, last_tile));
+key_fields(KVQ_KEY_PLANES, kvq_min(first_tile, last_tile) * 64 + row, col, key_field);
+KVQ_UNROLL
+for (int sub = 0; sub < 4; sub++) {
+  key_load(key_field, col, 16 * sub, key_words[sub][0]);
+  key_load(key_field, col, 16 * sub + 8, key_words[sub][1]);
+}
+#endif
+
+#if KVQ_FRAME && KVQ_PAIR_STEPS
+// The mean term's queries, turned to the tile that a warp is at: of rotary pairs 8 step + lane % 8, query lane / 8. They
+// go through shared memory into the order of operands, and are turned on by the distance of a warp's tiles.
+#define KVQ_OPERANDS (2 * KVQ_PAIR_STEPS + 4)
+KVQ_SHARED_ARRAY(float, shared_steps, 16 * KVQ_PAIR_STEPS);
+KVQ_SHARED_ARRAY(kvq_uint, shared_operands, KVQ_WARPS * KVQ_NT * 16 * KVQ_OPERANDS);
+const int operands = warp * (KVQ_NT * 16 * KVQ_OPERANDS);
+float first_cos[KVQ_PAIR_STEPS], first_sin[KVQ_PAIR_STEPS];
+KVQ_UNROLL
+for (int step = 0; step < KVQ_PAIR_STEPS; step++) {
+  const int p = 8 * step + lane % 8;
+  first_cos[step] = first_sin[step] = 0.0f;
+  if (p < KVQ_PAIRS)
+    kvq_load_floats(block_turns + 2 * (kvq_min(first_tile, last_tile) * KVQ_PAIRS + p), first_cos[step], first_sin[step]);
+}
+for (int p = KVQ_THREAD; p < 8 * KVQ_PAIR_STEPS; p += 32 * KVQ_WARPS) {
+  const bool used = p < KVQ_PAIRS && stride <= last_tile;  // else no warp has a second tile
+  shared_steps[2 * p] = used ? block_turns[2 * (stride * KVQ_PAIRS + p)] : 0.0f;
+  shared_steps[2 * p + 1] = used ? block_turns[2 * (stride * KVQ_PAIRS + p) + 1] : 0.0f;
+}
+#endif
