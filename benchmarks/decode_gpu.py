@@ -3,9 +3,10 @@
     python benchmarks/decode_gpu.py [--tokens 1024 8192 32768 131072] [--schemes tq4 tq3 rvq1] [--batch 16384]
 
 Steps run as mlx-lm's `generate_step` runs them: the next step is started before the last one's token is read. Schemes
-alternate in blocks of steps; a scheme's figure is the mean of its steps, so that steps which pack count, after a first
-block that compiles. Caches are filled with random codes or keys, without a prefill. `--batch N` decodes 8 sequences of
-uneven lengths around N together.
+alternate in rounds of 32 steps, of which one packs; a scheme's figure is the median of its rounds' means, after two
+rounds that compile and grow the buffers; the ratio is the median of the rounds' ratios to fp16. The median of all steps
+stands beside it, for what a step costs that does not pack. Caches are filled with random codes or keys, without a
+prefill. `--batch N` decodes 8 sequences of uneven lengths around N together.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from mlx_kvq_plugin.kernels.launch import device_name
 from mlx_kvq_plugin.rotary import Rotary
 
 HEADS, DIM, BASE = 8, 128, 1e6
+WARM_ROUNDS = 2
 UNEVEN = (0.85, 0.92, 0.96, 1.0, 1.03, 1.04, 1.07, 1.10)
 
 
@@ -105,13 +107,17 @@ def step_times(model: Any, caches: list[Any], batch: int, steps: int) -> list[fl
     return times[1:]
 
 
-def measure(model: Any, caches: dict[str, list[Any]], batch: int, rounds: int, steps: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {scheme: [] for scheme in caches}
-    for number in range(rounds + 1):
+def measure(
+    model: Any, caches: dict[str, list[Any]], batch: int, rounds: int, steps: int
+) -> dict[str, list[list[float]]]:
+    """Seconds of the steps of every round, by scheme."""
+    times: dict[str, list[list[float]]] = {scheme: [] for scheme in caches}
+    for number in range(-WARM_ROUNDS, rounds):
         for scheme in caches:
             with kvq.compress(model, scheme):
-                found = step_times(model, caches[scheme], batch, steps)
-            times[scheme] += found if number else []
+                found = step_times(model, caches[scheme], batch, steps + 1)
+            if number >= 0:
+                times[scheme].append(found)
     return times
 
 
@@ -123,8 +129,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=151936)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=34, help="of a round: more than the 32 between two packings")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=32, help="of a round: as many as between two packings")
     parser.add_argument("--no-store", action="store_true", help="leave the stored results as they are")
     arguments = parser.parse_args()
     print(machine(), device_name(), flush=True)
@@ -138,26 +144,28 @@ def main() -> None:
             lengths = [int(tokens * share) for share in UNEVEN]
             caches = {scheme: merged(scheme, arguments.layers, lengths) for scheme in schemes}
         times = measure(model, caches, batch, arguments.rounds, arguments.steps)
-        stock = statistics.mean(times["fp16"])
+        stock = [statistics.mean(found) for found in times["fp16"]]
         for scheme, found in times.items():
-            mean = statistics.mean(found)
+            means = [statistics.mean(steps) for steps in found]
+            steps = [seconds for some in found for seconds in some]
             rows.append(
                 {
                     "tokens": tokens,
                     "batch": batch,
                     "scheme": scheme,
-                    "ms": round(1e3 * mean, 3),
-                    "median_ms": round(1e3 * statistics.median(found), 3),
-                    "ratio": round(stock / mean, 3),
+                    "ms": round(1e3 * statistics.median(means), 3),
+                    "median_ms": round(1e3 * statistics.median(steps), 3),
+                    "ratio": round(statistics.median(a / b for a, b in zip(stock, means, strict=True)), 3),
                 }
             )
-            print(rows[-1], flush=True)
+            slowest = ", ".join(f"{1e3 * seconds:.1f}" for seconds in sorted(steps)[: -len(found) - 1 : -1])
+            print(rows[-1], f"slowest steps {slowest}", flush=True)
         del caches
         mx.clear_cache()
     if not arguments.no_store:
         store("decode_gpu", [{"device": device_name(), **row} for row in rows])
     print_table(
-        ["tokens", "batch", "scheme", "ms a step", "median", "ratio to fp16"], [tuple(r.values()) for r in rows]
+        ["tokens", "batch", "scheme", "ms a step", "median step", "ratio to fp16"], [tuple(r.values()) for r in rows]
     )
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from attend_cases import Config, Contents, case_of, compare, fused
-from fused_cases import in_float64
+from attend_cases import Config, Contents, case_of, compare, exactly, fused
 from token_cases import Kind, Shape, cache_of
 
 from mlx_kvq_plugin.kernels.build import backend
@@ -39,7 +38,7 @@ def main() -> None:
     for config in CONFIGS:
         for shape, groups in SHAPES:
             args = case_of(config, Contents(shape, 0, groups))
-            compare(config, fused(config, args, "", groups), in_float64(args))
+            compare(config, fused(config, args, backend(), groups), exactly(args, backend()))
     for config in CONFIGS[:2]:
         cache = cache_of(config.kind, Shape(2, 2, 70, 40, 1, 5, 3, 77, 1.0, 3))
         keys, values, new_keys, new_values = encode_block(cache, 4, 16, 28)

@@ -14,13 +14,11 @@ import argparse
 import itertools
 import json
 import math
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
-from attention import BEYOND_CACHE, copies, filled, packed_nbytes
+from attention import BEYOND_CACHE, Step, busy_array, copies, filled, gpu_times, packed_nbytes
 
 import mlx_kvq_plugin.kernels as kernels
 from mlx_kvq_plugin.attention import AttendArgs
@@ -33,8 +31,6 @@ from mlx_kvq_plugin.rotary import Rotary
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 
-Step = Callable[[int, mx.array], mx.array]
-
 
 def attention_step(plan: FusedPlan, layers: Sequence[KVQCache]) -> Step:
     """A call of a plan on one layer after the other."""
@@ -43,40 +39,6 @@ def attention_step(plan: FusedPlan, layers: Sequence[KVQCache]) -> Step:
         return plan([layers[i % len(layers)]], query, None, None)
 
     return step
-
-
-def after_busy(x: mx.array, passes: int, step: Step, query: mx.array, length: int) -> tuple[float, float]:
-    """Seconds of `passes` elementwise passes over `x` and a chain of `length` calls; and until all that was queued."""
-    begin = time.perf_counter()
-    for _ in range(passes):
-        x = -x
-    mx.async_eval(x)
-    for i in range(length):
-        query = step(i, query)
-    mx.async_eval(query)
-    queued = time.perf_counter()
-    mx.eval(x, query)
-    return time.perf_counter() - begin, queued - begin
-
-
-def gpu_times(
-    steps: dict[Launch, Step], query: mx.array, length: int, rounds: int, busy: mx.array
-) -> dict[Launch, float]:
-    """Seconds that a call takes the GPU, by launch sizes; rounds alternate between them."""
-    host = 0.0
-    for step in steps.values():
-        after_busy(busy, 0, step, query, length)  # compiles
-        host = max(host, after_busy(busy, 0, step, query, length)[1])
-    one = statistics.median(after_busy(busy, 1, step, query, 0)[0] for _ in range(3))
-    passes = 2 + math.ceil(1.5 * host / one)
-    alone: list[float] = []
-    found: dict[Launch, list[float]] = {launch: [] for launch in steps}
-    for _ in range(rounds):
-        alone.append(after_busy(busy, passes, step, query, 0)[0])
-        for launch, own in steps.items():
-            found[launch].append(after_busy(busy, passes, own, query, length)[0])
-    before = statistics.median(alone)
-    return {launch: max(1e-9, statistics.median(times) - before) / length for launch, times in found.items()}
 
 
 def main() -> None:
@@ -99,8 +61,7 @@ def main() -> None:
         for warps, per_core, threads in itertools.product(arguments.warps, arguments.per_core, arguments.merge_threads)
         if warps * per_core <= 16
     ]
-    busy = mx.ones((2**27,), mx.float32)  # 512 MiB
-    mx.eval(busy)
+    busy = busy_array()
     times: dict[tuple[str, int], dict[Launch, float]] = {}
     for scheme, tokens in itertools.product(arguments.schemes, arguments.tokens):
         cache = filled(scheme, tokens, KV_HEADS, DIM, rotary)

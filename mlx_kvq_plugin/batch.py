@@ -110,6 +110,7 @@ class BatchKVQCache(mlx_cache._BaseCache):
         self.pending = 0
         for i, row in enumerate(self.own_rows):
             row.update_and_fetch(keys[i : i + 1, :, :count], values[i : i + 1, :, :count])
+            row.came_singly()
             row.compact()
 
     def pending_tokens(self) -> tuple[int, mx.array, mx.array]:

@@ -236,6 +236,10 @@ class KVQCache(_BaseCache):
         """Whether the newest tokens came in a step of several: speculative decoding, which may trim some of them."""
         return self._step and self._newest > 1
 
+    def came_singly(self) -> None:
+        """Says that the newest tokens came in steps of one, though they were appended together."""
+        self._newest, self._step = min(1, self._newest), True
+
     def settle(self) -> None:
         """Called when the attention of the newest tokens is done: pack, unless that has to wait for the next call.
 

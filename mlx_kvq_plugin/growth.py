@@ -14,7 +14,8 @@ from .kernels.codes import has_kernels
 
 BLOCK = 8  # tokens between two encodings during decoding
 GPU_BLOCK = 32  # with kernels, where a packing costs as much time as a few steps' attention
-GPU_STEP = 256  # tokens that planes grow by with kernels, as mlx-lm's own cache does
+GPU_STEP = 256  # tokens that planes grow by with kernels, as mlx-lm's own cache does,
+GPU_STEP_PER = 16384  # and as many more for each of so many tokens: the copy takes as long as several steps
 TILE = 64  # tokens that kernels go through at a time
 
 
@@ -51,6 +52,6 @@ class Growth:
             first: whether the planes had no tokens before.
         """
         if self.kernels:
-            unit = GPU_STEP if step else TILE
+            unit = GPU_STEP * (1 + tokens // GPU_STEP_PER) if step else TILE
             return -(-tokens // unit) * unit
         return tokens + (max(0, tokens // 256 // BLOCK - 1) * BLOCK if step and not first else 0)

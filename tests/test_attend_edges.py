@@ -278,6 +278,6 @@ def test_attention_takes_the_kernels() -> None:
     for config in CONFIGS:
         for held in contents(config, 3):
             args: AttendArgs = case_of(config, held)
-            expected = exactly(args, on)
+            expected = exactly(args, backend())
             compare(config, attend(args), expected)
             assert args.cache.plans or isinstance(args.mask, mx.array)

@@ -98,13 +98,12 @@ def _lookups(side: str, layout: CodeLayout) -> str:
     body = ""
     for i, (low, high) in enumerate(found):
         index = "nibbles" if i == 0 else "(nibbles ^ 0x88888888u)"
-        body += (
-            f"  out[{i} * stride] = kvq_permute(0x{low:08x}u, 0x{high:08x}u, high ? {index} >> 16 : {index});\n"
-        )
+        body += f"  out[{i} * stride] = kvq_permute(0x{low:08x}u, 0x{high:08x}u, high ? {index} >> 16 : {index});\n"
     name = side.upper()
     return (
         f"#define KVQ_{name}_TABLES {len(found)}\n#define KVQ_{name}_UNIT {byte_levels(layout.bits)[1]:.9e}f\n"
-        f"KVQ_FUNC void {side}_lookup(kvq_uint nibbles, bool high, KVQ_PRIVATE kvq_uint* out, int stride) {{\n{body}}}\n"
+        f"KVQ_FUNC void {side}_lookup(kvq_uint nibbles, bool high, KVQ_PRIVATE kvq_uint* out, int stride) "
+        f"{{\n{body}}}\n"
     )
 
 

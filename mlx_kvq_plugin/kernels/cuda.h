@@ -101,19 +101,17 @@ KVQ_FUNC void kvq_store(__nv_bfloat16* p, kvq_long i, float x) { p[i] = __float2
 
 // Loads of 1, 2, 4, 8 and 16 aligned bytes into words; narrow ones fill the low bytes.
 KVQ_FUNC kvq_uint kvq_load1(const kvq_byte* p) { return *p; }
-KVQ_FUNC kvq_uint kvq_load2(const kvq_byte* p) { return *reinterpret_cast<const unsigned short*>(p); }
-KVQ_FUNC kvq_uint kvq_load4(const kvq_byte* p) { return *reinterpret_cast<const kvq_uint*>(p); }
+KVQ_FUNC kvq_uint kvq_load2(const kvq_byte* p) { unsigned short x; asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(x) : "l"(p)); return x; }
+KVQ_FUNC kvq_uint kvq_load4(const kvq_byte* p) { kvq_uint x; asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(x) : "l"(p)); return x; }
 KVQ_FUNC void kvq_load_floats(const float* p, float& x, float& y) {
   const float2 pair = *reinterpret_cast<const float2*>(p);
   x = pair.x, y = pair.y;
 }
 KVQ_FUNC void kvq_load8(const kvq_byte* p, KVQ_PRIVATE kvq_uint* w) {
-  const uint2 x = *reinterpret_cast<const uint2*>(p);
-  w[0] = x.x, w[1] = x.y;
+  asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(p));
 }
 KVQ_FUNC void kvq_load16(const kvq_byte* p, KVQ_PRIVATE kvq_uint* w) {
-  const uint4 x = *reinterpret_cast<const uint4*>(p);
-  w[0] = x.x, w[1] = x.y, w[2] = x.z, w[3] = x.w;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(p));
 }
 
 #define KVQ_ROW(lane) ((lane) >> 2)

@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from .attend import MAX_QUERIES, MAX_REPEAT, MAX_ROWS, Call, FusedPlan, why_not_fused
 from .build import CUDA, backend, dtype_name
+from .codes import scalar_stages
 from .launch import device_name, launch_sizes
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ..codecs import Codec
     from ..rotary import Rotary
 
+MANY_BITS = 4  # codes that take more registers to decode: fewer groups of their kernel fit a core
 ROWS_OF_LAUNCH = 16  # rows of a batch that one launch serves: each brings arrays of its own
 
 log = logging.getLogger("mlx_kvq_plugin")
@@ -207,4 +209,7 @@ def fused_attention(caches: Sequence[KVQCache], rows: int, args: AttendArgs, mas
 @cache
 def _plan(call: Call, key: Codec, value: Codec, rotary: Rotary | None, on: str) -> FusedPlan:
     """The plan of a kind of call, shared by all layers of that kind."""
-    return FusedPlan(call, key, value, rotary, launch_sizes(device_name()), on)
+    launch = launch_sizes(device_name())
+    if max(sum(scalar_stages(key)), sum(scalar_stages(value))) >= MANY_BITS:
+        launch = launch.with_fewer_groups(2)
+    return FusedPlan(call, key, value, rotary, launch, on)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -28,6 +28,12 @@ class Launch:
     groups_per_core: int = 3
     groups: int = 256
     merge_threads: int = 256
+
+    def with_fewer_groups(self, most: int) -> Launch:
+        """At most `most` groups a core: kernels that need more registers."""
+        if self.groups_per_core <= most:
+            return self
+        return replace(self, groups_per_core=most, groups=self.groups * most // self.groups_per_core)
 
 
 def device_name() -> str:
