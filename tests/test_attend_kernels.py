@@ -80,6 +80,14 @@ def test_every_codec_and_head_size(config: Config, on: str) -> None:
         check(config, held, on)
 
 
+@pytest.mark.skipif(backend() != "", reason="a GPU has one kind of products")
+@pytest.mark.parametrize("config", code_configs(), ids=str)
+def test_every_codec_by_products_of_half_precision(config: Config) -> None:
+    # Which Metal runs for all codecs, and CUDA for those of more than four bits.
+    for held in contents(config, 2):
+        check(config, held, "cpu-metal")
+
+
 @pytest.mark.parametrize("on", BACKENDS)
 @pytest.mark.parametrize("config", mask_configs(), ids=str)
 def test_masks(config: Config, on: str) -> None:

@@ -205,6 +205,54 @@ def test_a_body_that_leaves_the_transposition_out_is_wrong_in_one_layout(on: str
     assert not np.array_equal(np.array(c), a @ b + 1)
 
 
+# c += a b of signed bytes, and what lanes do before and after it.
+BYTE_PRODUCT = """
+const int lane = KVQ_LANE, row = KVQ_ROW(lane), col = KVQ_COL(lane);
+kvq_uint left[4] = {0, 0, 0, 0}, right[2] = {0, 0};
+for (int i = 0; i < 4; i++) {
+for (int part = 0; part < 4; part++) {
+const int x = kvq_round(a[(row + part % 2 * 8) * 32 + 4 * col + part / 2 * 16 + i]);
+left[part] |= ((kvq_uint)x & 0xffu) << (8 * i);
+}
+for (int part = 0; part < 2; part++)
+right[part] |= ((kvq_uint)kvq_round(b[(4 * col + 16 * part + i) * 8 + row]) & 0xffu) << (8 * i);
+}
+int sum[4] = {1, 1, 1, 1};
+kvq_mma_bytes(sum, left[0], left[1], left[2], left[3], right[0], right[1]);
+for (int i = 0; i < 4; i++) c[(row + i / 2 * 8) * 8 + 2 * col + i % 2] = (float)sum[i];
+"""
+
+
+def test_products_of_bytes() -> None:
+    rng = np.random.default_rng(8)
+    a, b = rng.integers(-128, 128, (16, 32)), rng.integers(-128, 128, (32, 8))
+    inputs = {"a": mx.array(a.astype(np.float32)), "b": mx.array(b.astype(np.float32))}
+    (c,) = run_body(BYTE_PRODUCT, inputs, {"c": ((16, 8), mx.float32)}, "cpu-orders")
+    np.testing.assert_array_equal(np.array(c), a @ b + 1)
+
+
+def test_functions_of_bytes() -> None:
+    rng = np.random.default_rng(9)
+    words = rng.integers(0, 2**32, (3, 256), dtype=np.uint32)
+    body = (
+        "for (int i = KVQ_THREAD; i < 256; i += 32) {\no[i] = kvq_permute(low[i], high[i], chosen[i]);\n"
+        "o[256 + i] = kvq_float_bits(kvq_bits_float(low[i] & 0x7f7fffffu));\n"
+        "o[512 + i] = kvq_float_bits(kvq_inverse(kvq_bits_float(0x3f800000u + (low[i] >> 9))));\n}"
+    )
+    inputs = {name: mx.array(word) for name, word in zip(("low", "high", "chosen"), words, strict=True)}
+    got = np.array(run_body(body, inputs, {"o": ((3, 256), mx.uint32)}, "cpu-orders")[0])
+    both = words[0].astype(np.uint64) | words[1].astype(np.uint64) << np.uint64(32)
+    expected = np.zeros(256, np.uint32)
+    for place in range(4):
+        nibble = words[2] >> np.uint32(4 * place) & np.uint32(15)
+        byte = (both >> (np.uint64(8) * (nibble & 7).astype(np.uint64)) & np.uint64(0xFF)).astype(np.uint32)
+        expected |= np.where(nibble & 8, (byte >> 7) * np.uint32(0xFF), byte) << np.uint32(8 * place)
+    np.testing.assert_array_equal(got[0], expected)
+    np.testing.assert_array_equal(got[1], words[0] & np.uint32(0x7F7FFFFF))
+    x = (np.uint32(0x3F800000) + (words[0] >> np.uint32(9))).view(np.float32)
+    np.testing.assert_allclose(got[2].view(np.float32), 1 / x, rtol=1e-6)
+
+
 def test_every_function_of_the_preludes_is_tested_here() -> None:
     private = {"kvq_as_uint", "kvq_as_half2"}
     functions = {name for name, counts in CUDA.items() if name.startswith("kvq_") and -1 not in counts}

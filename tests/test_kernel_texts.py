@@ -22,8 +22,6 @@ KERNELS = [name for name in FILES if name.removesuffix(".h") not in PRELUDES]
 PRIVATE = {
     "cuda": {"kvq_as_uint", "kvq_as_half2"},
     "cpu": {
-        "kvq_float_bits",
-        "kvq_bits_float",
         "kvq_half_bits",
         "kvq_bits_half",
         "kvq_flushed",
@@ -32,6 +30,10 @@ PRIVATE = {
     },
     "metal": {"KVQ_LANE_OF", "kvq_matrix", "kvq_mma_rows", "kvq_transposed"},
 }
+
+# Names that only texts with products of bytes need, which Metal does not have.
+BYTES = {"kvq_mma_bytes", "kvq_permute", "kvq_round", "kvq_inverse", "kvq_float_bits", "kvq_bits_float"}
+BYTE_TEXTS = ("attend_first.h", "attend_bytes.h", "byte_codes.py")
 
 
 def names(prelude: str) -> dict[str, list[int]]:
@@ -45,7 +47,18 @@ def test_preludes_define_the_same_names(prelude: str) -> None:
     def counts(of: str) -> dict[str, list[int]]:
         return {name: [n for n in found if n >= 0] for name, found in names(of).items()}
 
-    assert counts(prelude) == counts("cuda")
+    expected = counts("cuda")
+    assert set(expected) >= BYTES
+    if prelude == "metal":
+        expected = {name: found for name, found in expected.items() if name not in BYTES}
+    assert counts(prelude) == expected
+
+
+def test_only_texts_with_products_of_bytes_use_names_that_metal_lacks() -> None:
+    for file in FOLDER.iterdir():
+        if file.name in KERNELS or file.name.endswith(".py"):
+            found = {name for name in BYTES if re.search(rf"\b{name}\(", file.read_text())}
+            assert not found or file.name in BYTE_TEXTS, (file.name, found)
 
 
 @pytest.mark.parametrize("prelude", PRELUDES)
@@ -173,9 +186,9 @@ def test_a_kernel_is_known_by_all_that_it_is_made_of(monkeypatch: pytest.MonkeyP
     made = []
     monkeypatch.setattr(build, "_custom", {})
     build.register_backend("here", lambda **arguments: made.append(arguments), "metal")
-    build.build("k", ["a"], ["b"], KERNELS[0], defines={"X": True}, on="here", prologue="int z;\n")
-    build.build("k", ["a"], ["b"], KERNELS[0], defines={"X": False}, on="here", prologue="int z;\n")
-    build.build("k", ["a"], ["b"], KERNELS[0], defines={"X": True}, on="here", prologue="int w;\n")
+    build.build("k", ["a"], ["b"], KERNELS[:1], defines={"X": True}, on="here", prologue="int z;\n")
+    build.build("k", ["a"], ["b"], KERNELS[:1], defines={"X": False}, on="here", prologue="int z;\n")
+    build.build("k", ["a"], ["b"], KERNELS[:1], defines={"X": True}, on="here", prologue="int w;\n")
     assert len({arguments["name"] for arguments in made}) == 3
     assert made[0]["header"].startswith("#define X 1\n")
     assert made[0]["source"].startswith(build.PROLOGUES[build.METAL] + "int z;\n")

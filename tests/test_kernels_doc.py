@@ -36,6 +36,8 @@ ROWS = {
         "us": 31.0,
         "host_us": 9.0,
         "ratio": 1.1,
+        "gpu_us": 25.0,
+        "gpu_ratio": 1.4,
         "tb_s": 1.5,
         "of_copy": 0.5,
     },

@@ -233,14 +233,14 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
   for (int part = 0; part < 2; part++) {  // of 32 tokens
     kvq_uint quads[2][KVQ_VALUE_TABLES * (KVQ_DV / 8)], weights[KVQ_NT][2];
     KVQ_UNROLL
-    for (int half = 0; half < 2; half++) {
-      const int sub = 2 * part + half;
+    for (int side = 0; side < 2; side++) {
+      const int sub = 2 * part + side;
 #if !KVQ_AHEAD
       KVQ_UNROLL
       for (int i = 0; i < 4; i++) value_load(value_field, row, 16 * sub + i / 2 * 8 + i % 2, value_words[sub][i]);
 #endif
       // In the order in which a transposition of pairs of tokens leaves their weights.
-      value_quads(value_words[sub][0], value_words[sub][2], value_words[sub][1], value_words[sub][3], quads[half]);
+      value_quads(value_words[sub][0], value_words[sub][2], value_words[sub][1], value_words[sub][3], quads[side]);
       KVQ_UNROLL
       for (int nt = 0; nt < KVQ_NT; nt++) {
         kvq_uint whole_weight[2];
@@ -253,7 +253,7 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
         }
         const kvq_uint both = kvq_low_halves(whole_weight[0], whole_weight[1]);
         const kvq_uint pairs = kvq_permute((both >> 7) & 0x007f007fu, both & 0x007f007fu, 0x6420u);
-        weights[nt][half] = kvq_rows_to_b(pairs);
+        weights[nt][side] = kvq_rows_to_b(pairs);
       }
     }
     KVQ_UNROLL
