@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Mask = mx.array | str | None
 
 WORKSPACE_NBYTES = 256 * 2**20  # of decoded keys and values at a time, where heads can be decoded apart
+LARGE_NBYTES = 32 * 2**20  # of a layer's decoded past: from here on a prefill chunk's layers run one after the other
 PACKED_QUERIES = 16  # more new tokens than this and decoding the past once is cheaper than scoring it packed
 
 
@@ -89,11 +90,23 @@ def attend(args: AttendArgs) -> mx.array:
             args.cache.observe_queries(args.queries)
             output = function(args)
             args.cache.settle()
+            if function is attend_decoded and backend():
+                finish_large(args.cache, output)
             return output
     raise AttentionError(
         f"queries must be (B, Hq, L, Dk) with the cache's B and Dk and a multiple of its heads, got {args.report()}; "
         "check the model adapter"
     )
+
+
+def finish_large(cache: KVQCache, output: mx.array) -> None:
+    """Wait for the attention of a prefill chunk, and for what it packed, if the layer's past is large.
+
+    Layers that are queued while a GPU works allocate what they decode, and new planes beside the old ones; together
+    that would be more than the caches. The wait costs the time of starting a layer, little beside its work.
+    """
+    if cache.dense_nbytes(output.dtype.size) >= LARGE_NBYTES:
+        mx.eval(output, cache.key_planes, cache.value_planes)
 
 
 def attend_rows(args: AttendArgs) -> mx.array:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mlx_kvq_plugin import packed_attention
+from mlx_kvq_plugin import attention, packed_attention
 from mlx_kvq_plugin.attention import (
     PACKED_QUERIES,
     AttendArgs,
@@ -290,6 +290,26 @@ def test_pieces_of_tokens_give_what_all_give_at_once(codecs: tuple[str, str], to
     assert len(pieces) == -(-cache.packed_tokens // tokens) and pieces[-1][1] == cache.packed_tokens
     error = as_float64(attend_packed(args) - expected)
     assert np.sqrt(np.mean(error**2)) < 1e-5 * np.sqrt(np.mean(as_float64(expected) ** 2))
+
+
+@pytest.mark.parametrize(
+    ("device", "least", "new", "waits"), [("", 0, 40, 0), ("gpu", 0, 40, 1), ("gpu", 2**40, 40, 0), ("gpu", 0, 3, 0)]
+)
+def test_layers_with_a_large_past_are_waited_for_in_prefill_chunks_on_gpus(device, least, new, waits, monkeypatch):
+    cache, queries = filled(300, new, spec=LayerSpec("affine4", "affine4"))  # no kernels
+    monkeypatch.setattr(attention, "backend", lambda: device)
+    monkeypatch.setattr(attention, "LARGE_NBYTES", least)
+    waited, evaluate = [], mx.eval
+
+    def seen(*arrays: object) -> None:
+        waited.append(arrays)
+        evaluate(*arrays)
+
+    monkeypatch.setattr(mx, "eval", seen)
+    output = attend(AttendArgs(queries, cache, 1.0, "causal", None, mx.float32, mx.float32))
+    assert len(waited) == waits
+    for found in waited:
+        assert found[0] is output and found[1:] == (cache.key_planes, cache.value_planes)
 
 
 def test_attention_packs_what_overflows_only_after_the_newest_tokens_were_seen_exactly():
