@@ -68,7 +68,23 @@ def readme_table() -> str:
     for scheme in AVERAGES:
         cells = [f"{quality(model)['rows'][scheme]['kl_mean']:.4f}" for model in MODELS]
         averages.append(f"`{scheme}` {' / '.join(cells)}")
-    return table(head, rows) + f"\n\nKL with bits allocated by `kvq calibrate`, at equal bits: {', '.join(averages)}."
+    averaged = f"KL with bits allocated by `kvq calibrate`, at equal bits: {', '.join(averages)}."
+    return "\n\n".join([table(head, rows), *gpu_speed(), averaged])
+
+
+def gpu_speed() -> list[str]:
+    """A table of decoding speed on a GPU, if there is a stored run."""
+    found = on_gpu("decode_gpu")
+    if found is None:
+        return []
+    single = [row for row in found["rows"] if row["batch"] == 1]
+    tokens = sorted({row["tokens"] for row in single})
+    rows = []
+    for scheme in SCHEMES:
+        ratios = {row["tokens"]: f"{row['ratio']:.2f}x" for row in single if row["scheme"] == scheme}
+        rows.append([f"`{scheme}`", *(ratios[count] for count in tokens)])
+    head = [f"decode speed, {single[0]['device']}", *(f"{count:,} tokens stored" for count in tokens)]
+    return [table(head, rows)]
 
 
 def measurements() -> str:
