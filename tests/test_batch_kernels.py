@@ -16,7 +16,7 @@ import mlx_kvq_plugin.kernels.attend as attend_module
 import mlx_kvq_plugin.kernels.dispatch as dispatch
 from mlx_kvq_plugin.attention import AttendArgs, attend
 from mlx_kvq_plugin.batch import BatchKVQCache
-from mlx_kvq_plugin.cache import KVQCache
+from mlx_kvq_plugin.cache import STEP_TOKENS, KVQCache
 from mlx_kvq_plugin.kernels import build
 
 pytestmark = pytest.mark.skipif(kernel_cpu.why_not() != "", reason=kernel_cpu.why_not() or "harness")
@@ -85,6 +85,23 @@ def test_rows_of_a_batch_decode_in_one_launch_and_pack_as_alone(on_cuda: list[st
         for name, plane in cache.live_planes()[0].items():
             assert mx.array_equal(row.live_planes()[0][name], plane)
         assert mx.array_equal(row.dense_tokens()[1], cache.dense_tokens()[1])
+
+
+def test_many_pending_tokens_pack_as_single_steps(on_cuda: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # More than a decode step has: still no prefill chunk, which would pack other tokens and leave no room.
+    pending = STEP_TOKENS + 8
+    monkeypatch.setattr(batch_module, "PENDING", pending)
+    alone = caches()
+    batch = KVQCache.merge(alone)
+    for _ in range(2 * pending + 1):
+        keys, values = (mx.random.normal((3, HEADS[1], 1, DIM)) for _ in range(2))
+        batch.update_and_fetch(keys, values)
+        for row, cache in enumerate(alone):
+            cache.update_and_fetch(keys[row : row + 1], values[row : row + 1])
+            cache.settle()
+    assert batch.pending == 1
+    for row, cache in zip(batch.rows, alone, strict=True):
+        assert row.packed_tokens == cache.packed_tokens and row.held == cache.held
 
 
 def test_a_missing_pending_token_would_be_noticed(on_cuda: list[str]) -> None:
