@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from mlx_kvq_plugin.cli import main
+from mlx_kvq_plugin.codecs import get_codec
 from mlx_kvq_plugin.kernels import build, choices, dispatch, sides
+from mlx_kvq_plugin.kernels.attend import Call
+from mlx_kvq_plugin.kernels.dispatch import fitting_launch
 from mlx_kvq_plugin.kernels.launch import Launch, launch_sizes, table
 from mlx_kvq_plugin.schemes import parse_scheme
 
@@ -60,3 +64,15 @@ def test_launch_sizes_of_unknown_devices_are_the_default() -> None:
         assert 32 * launch.warps <= 1024
         assert launch.merge_threads % 32 == 0
         assert launch.merge_threads <= 1024
+
+
+def test_kernels_that_need_registers_get_fewer_groups() -> None:
+    launch = Launch(warps=4, groups_per_core=3, groups=396, merge_threads=512)
+    few = Call(1, 0, 8, 4, 1, 128, 128, "kvq_bfloat", "kvq_bfloat", 0.1, 0.0, False, (), "", "")
+    three, four = get_codec("tq3"), get_codec("tq4")
+    assert fitting_launch(few, three, three, launch) == launch
+    fewer = Launch(warps=4, groups_per_core=2, groups=264, merge_threads=512)
+    assert fitting_launch(few, four, three, launch) == fitting_launch(few, three, four, launch) == fewer
+    for other in (replace(few, repeat=8), replace(few, queries=2), replace(few, value_dim=256)):
+        assert fitting_launch(other, three, three, launch) == fewer
+    assert fitting_launch(few, four, four, Launch(groups_per_core=1, groups=132)).groups == 132

@@ -13,7 +13,7 @@ import mlx.core as mx
 from .attend import MAX_QUERIES, MAX_REPEAT, MAX_ROWS, Call, FusedPlan, why_not_fused
 from .build import CUDA, backend, dtype_name
 from .codes import scalar_stages
-from .launch import device_name, launch_sizes
+from .launch import Launch, device_name, launch_sizes
 
 if TYPE_CHECKING:
     from ..attention import AttendArgs
@@ -209,7 +209,11 @@ def fused_attention(caches: Sequence[KVQCache], rows: int, args: AttendArgs, mas
 @cache
 def _plan(call: Call, key: Codec, value: Codec, rotary: Rotary | None, on: str) -> FusedPlan:
     """The plan of a kind of call, shared by all layers of that kind."""
-    launch = launch_sizes(device_name())
-    if max(sum(scalar_stages(key)), sum(scalar_stages(value))) >= MANY_BITS:
-        launch = launch.with_fewer_groups(2)
-    return FusedPlan(call, key, value, rotary, launch, on)
+    return FusedPlan(call, key, value, rotary, fitting_launch(call, key, value, launch_sizes(device_name())), on)
+
+
+def fitting_launch(call: Call, key: Codec, value: Codec, launch: Launch) -> Launch:
+    """Launch sizes were measured for few query rows, small heads and few bits; other kernels need more registers."""
+    bits = max(sum(scalar_stages(key)), sum(scalar_stages(value)))
+    small = call.repeat * call.queries <= 4 and max(call.key_dim, call.value_dim) <= 128 and bits < MANY_BITS
+    return launch if small else launch.with_fewer_groups(2)
