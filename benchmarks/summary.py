@@ -240,6 +240,16 @@ def kernels() -> str:
         about = "8 KV heads of 128 channels"
         command = "kernel_encode_decode.py --store"
         parts.append(_gpu_part("Encoding and decoding alone", command, found, about, table(head, rows)))
+    if (RESULTS / "byte_levels.json").exists():
+        found = results("byte_levels")
+        rows = [
+            [r["model"], f"`{r['scheme']}`", f"{r['kl']:.4f}", f"{r['kl_bytes']:.4f}"]
+            + [f"{r['top1']:.1%}", f"{r['top1_bytes']:.1%}"]
+            for r in found["rows"]
+        ]
+        head = ["model", "scheme", "KL, codebook's levels", "levels of bytes", "same top-1 token", "levels of bytes"]
+        about = f"quality of decode steps, as in docs/quality.md; {found['machine']}"
+        parts.append(f"### Levels of bytes\n\n`python benchmarks/byte_levels.py`: {about}.\n\n{table(head, rows)}")
     return "\n\n".join(parts)
 
 

@@ -30,11 +30,13 @@ KVQ_SHARED_ARRAY(float, shared_mean_factor, KVQ_COLUMNS);
 KVQ_SHARED_ARRAY(float, shared_constant, KVQ_COLUMNS);
 #endif
 
+// Loads that wait for nothing come first; what they bring is stored once queries are prepared.
 #if KVQ_SHARED_TURNS
-for (int i = KVQ_THREAD; i < KVQ_PAIR_STEPS * 4 * 32; i += 32 * KVQ_WARPS) {
-  kvq_uint turn[4];
-  kvq_load16(inner_turns + 16 * i, turn);
-  KVQ_UNROLL
-  for (int j = 0; j < 4; j++) shared_turns[4 * i + j] = turn[j];
+#define KVQ_TURN_LOADS ((KVQ_PAIR_STEPS * 4 + KVQ_WARPS - 1) / KVQ_WARPS)
+kvq_uint turn_words[KVQ_TURN_LOADS][4];
+KVQ_UNROLL
+for (int i = 0; i < KVQ_TURN_LOADS; i++) {
+  const int at = 32 * KVQ_WARPS * i + KVQ_THREAD;
+  if (at < KVQ_PAIR_STEPS * 4 * 32) kvq_load16(inner_turns + 16 * at, turn_words[i]);
 }
 #endif

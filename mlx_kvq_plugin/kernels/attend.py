@@ -173,6 +173,7 @@ class FusedPlan:
             "KVQ_ROWS": self.rows,
             "KVQ_QUERIES": call.queries,
             "KVQ_COLUMNS": self.columns,
+            "KVQ_BYTES": self.bytes,
             "KVQ_NT": self.columns // (4 if self.bytes else 8),
             "KVQ_QUERY_TILES": self.tiles,
             "KVQ_WARPS": self.launch.warps,

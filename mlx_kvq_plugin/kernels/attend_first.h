@@ -39,9 +39,13 @@ for (int step = 0; step < KVQ_PAIR_STEPS; step++) {
   if (p < KVQ_PAIRS)
     kvq_load_floats(block_turns + 2 * (kvq_min(first_tile, last_tile) * KVQ_PAIRS + p), first_cos[step], first_sin[step]);
 }
-for (int p = KVQ_THREAD; p < 8 * KVQ_PAIR_STEPS; p += 32 * KVQ_WARPS) {
-  const bool used = p < KVQ_PAIRS && stride <= last_tile;  // else no warp has a second tile
-  shared_steps[2 * p] = used ? block_turns[2 * (stride * KVQ_PAIRS + p)] : 0.0f;
-  shared_steps[2 * p + 1] = used ? block_turns[2 * (stride * KVQ_PAIRS + p) + 1] : 0.0f;
+#define KVQ_STEP_LOADS ((8 * KVQ_PAIR_STEPS + 32 * KVQ_WARPS - 1) / (32 * KVQ_WARPS))
+float step_cos[KVQ_STEP_LOADS], step_sin[KVQ_STEP_LOADS];
+KVQ_UNROLL
+for (int i = 0; i < KVQ_STEP_LOADS; i++) {
+  const int p = 32 * KVQ_WARPS * i + KVQ_THREAD;
+  step_cos[i] = step_sin[i] = 0.0f;
+  if (p < KVQ_PAIRS && stride <= last_tile)  // else no warp has a second tile
+    kvq_load_floats(block_turns + 2 * (stride * KVQ_PAIRS + p), step_cos[i], step_sin[i]);
 }
 #endif

@@ -1,3 +1,4 @@
+#define KVQ_MEAN_PARTS ((KVQ_PAIR_STEPS + 3) / 4 + (KVQ_PAIR_STEPS == 0))
 // Queries in the transform domain, each divided by its largest entry, which half precision then cannot overflow.
 for (int n = warp; n < KVQ_COLUMNS; n += KVQ_WARPS) {
   if (first_row + n >= KVQ_ROWS) {  // columns without a query
@@ -19,23 +20,14 @@ for (int n = warp; n < KVQ_COLUMNS; n += KVQ_WARPS) {
     x[i] /= frame_scale[kvq_scale_index(c)];
 #endif
   }
-  kvq_hadamard<KVQ_DK / 32>(x, lane);
-  float peak = 0.0f;
-  KVQ_UNROLL
-  for (int i = 0; i < KVQ_DK / 32; i++) peak = kvq_max(peak, kvq_abs(x[i]));
-  peak = kvq_warp_max(peak);
-  const float inverse = peak > 0.0f ? 1.0f / peak : 0.0f;
-  KVQ_UNROLL
-  for (int i = 0; i < KVQ_DK / 32; i++) shared_rows[n * KVQ_SHARED_DIM + 32 * i + lane] = x[i] * inverse;
-  if (lane == 0) shared_factor[n] = peak * (KVQ_SCALE * KVQ_LOG2E);
 #if KVQ_FRAME
   // q . R_n mu = sum over pairs of even cos(n theta) + odd sin(n theta), and a constant of channels that do not turn.
   float steady = 0.0f, size = 0.0f;
   for (int c = 2 * KVQ_PAIRS + lane; c < KVQ_DK; c += 32)
     steady += kvq_to_float(queries[at + c]) * frame_mean[c];
-  float even[KVQ_PAIR_STEPS / 4 + 1], odd[KVQ_PAIR_STEPS / 4 + 1];
+  float even[KVQ_MEAN_PARTS], odd[KVQ_MEAN_PARTS];
   KVQ_UNROLL
-  for (int i = 0; i < KVQ_PAIR_STEPS / 4 + 1; i++) {
+  for (int i = 0; i < KVQ_MEAN_PARTS; i++) {
     const int p = 32 * i + lane;
     even[i] = 0.0f, odd[i] = 0.0f;
     if (p < KVQ_PAIRS) {
@@ -53,10 +45,21 @@ for (int n = warp; n < KVQ_COLUMNS; n += KVQ_WARPS) {
       size = kvq_max(size, kvq_abs(even[i]) + kvq_abs(odd[i]));
     }
   }
+#endif
+  kvq_hadamard<KVQ_DK / 32>(x, lane);
+  float peak = 0.0f;
+  KVQ_UNROLL
+  for (int i = 0; i < KVQ_DK / 32; i++) peak = kvq_max(peak, kvq_abs(x[i]));
+  peak = kvq_warp_max(peak);
+  const float inverse = peak > 0.0f ? 1.0f / peak : 0.0f;
+  KVQ_UNROLL
+  for (int i = 0; i < KVQ_DK / 32; i++) shared_rows[n * KVQ_SHARED_DIM + 32 * i + lane] = x[i] * inverse;
+  if (lane == 0) shared_factor[n] = peak * (KVQ_SCALE * KVQ_LOG2E);
+#if KVQ_FRAME
   size = kvq_warp_max(size);
   const float smaller = size > 0.0f ? 1.0f / size : 0.0f;
   KVQ_UNROLL
-  for (int i = 0; i < KVQ_PAIR_STEPS / 4 + 1; i++) {
+  for (int i = 0; i < KVQ_MEAN_PARTS; i++) {
     const int p = 32 * i + lane;
     if (p < 8 * KVQ_PAIR_STEPS) {
       shared_mean[n * KVQ_MEAN_STRIDE + 2 * p] = even[i] * smaller;
@@ -67,5 +70,21 @@ for (int n = warp; n < KVQ_COLUMNS; n += KVQ_WARPS) {
   if (lane == 0) shared_mean_factor[n] = size * (KVQ_SCALE * KVQ_LOG2E), shared_constant[n] = steady * (KVQ_SCALE * KVQ_LOG2E);
 #endif
 }
+#if KVQ_SHARED_TURNS
+KVQ_UNROLL
+for (int i = 0; i < KVQ_TURN_LOADS; i++) {
+  const int at = 32 * KVQ_WARPS * i + KVQ_THREAD;
+  if (at < KVQ_PAIR_STEPS * 4 * 32) {
+    KVQ_UNROLL
+    for (int j = 0; j < 4; j++) shared_turns[4 * at + j] = turn_words[i][j];
+  }
+}
+#endif
+#if KVQ_BYTES && KVQ_FRAME && KVQ_PAIR_STEPS
+KVQ_UNROLL
+for (int i = 0; i < KVQ_STEP_LOADS; i++) {
+  const int p = 32 * KVQ_WARPS * i + KVQ_THREAD;
+  if (p < 8 * KVQ_PAIR_STEPS) shared_steps[2 * p] = step_cos[i], shared_steps[2 * p + 1] = step_sin[i];
+}
+#endif
 KVQ_BARRIER();
-
