@@ -10,8 +10,8 @@ import numpy as np
 
 from ..config import KVQConfig
 from ..errors import GenerationError
-from .config import FIELDS
 from .auto import AutoModelForCausalLM
+from .config import FIELDS
 from .model import CausalLM, GenerateOutput
 
 TASK = "text-generation"
