@@ -51,12 +51,13 @@ class AutoModelForCausalLM:
         Raises:
             As `mlx_lm.load` and `kvq.compress`; GenerationError for an unknown dtype.
         """
-        config = parse_scheme(kv_scheme)  # a wrong scheme fails before the weights are read
+        config = parse_scheme(kv_scheme)  # what is wrong fails before the weights are read
+        cast = None if dtype is None else _dtype(dtype)
         source = str(repo_or_path)
         folder = _folder(source, revision)
         model, tokenizer = mlx_lm.load(str(folder), **arguments)
-        if dtype is not None:
-            model.set_dtype(_dtype(dtype))
+        if cast is not None:
+            model.set_dtype(cast)
             mx.eval(model.parameters())
         if generation_config is None and (folder / "generation_config.json").is_file():
             from transformers import GenerationConfig
@@ -81,8 +82,7 @@ def _folder(source: str, revision: str | None) -> Path:
 
 def _dtype(dtype: str | mx.Dtype) -> mx.Dtype:
     known = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-    found = known.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in known.values():
-        raise GenerationError(f"dtype must be one of {', '.join(known)}, got {dtype!r}; choose one of them")
-    assert found is not None
-    return found
+    for name, found in known.items():
+        if dtype in (name, found):
+            return found
+    raise GenerationError(f"dtype must be one of {', '.join(known)}, got {dtype!r}; choose one of them")
