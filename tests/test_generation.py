@@ -515,6 +515,19 @@ def test_prompt_caches_that_do_not_fit_are_refused(lm, tmp_path) -> None:
     assert "add a token" in message_of(lambda: full.generate(ended.sequences, past_key_values=ended.past_key_values))
 
 
+def test_a_batch_that_fails_leaves_usable_caches(lm) -> None:
+    prompts = [prompt_of(50), prompt_of(50, 1)]
+    caches = [lm.prefill(prompt) for prompt in prompts]
+    stops = [lambda ids, scores: 1 / 0 if ids.shape[1] == 55 else False]
+    with pytest.raises(ZeroDivisionError):
+        lm.generate(prompts, past_key_values=caches, max_new_tokens=20, stopping_criteria=stops)
+    for cache, prompt in zip(caches, prompts, strict=True):
+        assert {c.offset for c in cache.caches} == {cache.held}
+        expected = prompt + reference(lm.model, prompt, 20)
+        assert cache.token_ids == expected[:55]
+        assert lm.generate(expected[:56], past_key_values=cache, max_new_tokens=4)[0].tolist() == expected[:60]
+
+
 def test_a_call_that_fails_leaves_a_usable_cache(lm) -> None:
     prompt = prompt_of(50)
     cache = lm.prefill(prompt)
@@ -548,7 +561,7 @@ def test_a_call_that_fails_leaves_a_usable_cache(lm) -> None:
         ([[1, 2]], {"attention_mask": [[0, 0]]}, "a one in every row"),
         ([[1, 2]], {"attention_mask": [[1]]}, "with the shape of input_ids"),
         ([1], {"generation_config": {"top_k": 3}}, "generation_config must be"),
-        ([1], {"inputs_embeds": 3}, "inputs_embeds=3"),
+        ([1], {"inputs_embeds": np.zeros((40, 40))}, "inputs_embeds=array([[0"),
         ([1], {"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1"),
         ([1], {"do_sample": True, "temperature": 0.0}, "temperature must be a number above 0"),
         ([1], {"do_sample": True, "top_p": 1.5}, "top_p"),

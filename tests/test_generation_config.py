@@ -79,6 +79,13 @@ def test_a_config_of_nothing_but_defaults_generates() -> None:
     assert lm.generate([1, 2], defaults, max_new_tokens=3).tolist() == lm.generate([1, 2], max_new_tokens=3).tolist()
 
 
+def test_the_config_that_ships_with_gemma_is_read() -> None:
+    fields = {"bos_token_id": 2, "cache_implementation": "hybrid", "do_sample": True, "eos_token_id": [1, 106]}
+    settings = read_settings({**fields, "pad_token_id": 0, "top_k": 64, "top_p": 0.95}, 1)
+    assert settings.scheme is None and settings.ends == (1, 106) and settings.pad == 0
+    assert settings.sampling is not None and (settings.sampling.top_k, settings.sampling.top_p) == (64, 0.95)
+
+
 def test_the_refused_fields_are_all_tried() -> None:
     assert set(ASKED) == {name for name, field in FIELDS.items() if field.status == REFUSED}
 
@@ -153,3 +160,22 @@ def test_an_unknown_field_is_refused_wherever_it_comes_from(where: str) -> None:
 def test_the_table_in_the_document_is_the_tables_own() -> None:
     found = re.search(r"<!-- parity: begin -->\n(.*?)\n<!-- parity: end -->", DOC.read_text(), re.DOTALL)
     assert found is not None and found[1] == parity_table()
+
+
+@pytest.mark.real_model
+def test_the_code_in_the_document_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
+    assert len(blocks) >= 9
+    names: dict[str, Any] = {"__name__": "document"}
+    for block in blocks:
+        exec(compile(block, str(DOC), "exec"), names)
+    printed = capsys.readouterr().out
+    assert "num_beams must be left at 1, got 4" in printed and "'role': 'assistant'" in printed
+    assert (tmp_path / "tower.safetensors").is_file()
+
+
+def test_what_the_document_points_to_exists() -> None:
+    text = DOC.read_text()
+    paths = re.findall(r"`((?:tests|mlx_kvq_plugin|docs)/[\w./]+)`|\b(docs/\w+\.md)", text)
+    assert paths and all((DOC.parent.parent / (a or b)).is_file() for a, b in paths)

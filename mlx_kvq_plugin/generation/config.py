@@ -218,12 +218,12 @@ def check_fields(values: Mapping[str, Any]) -> None:
         if field is None:
             if value is not None:
                 raise GenerationError(
-                    f"a generation config must have fields known to mlx-kvq-plugin only, got {name}={value!r}; "
+                    f"a generation config must have fields known to mlx-kvq-plugin only, got {name}={shown(value)}; "
                     "set it to None"
                 )
         elif field.status == REFUSED and not field.asks_for_nothing(value):
             raise GenerationError(
-                f"{name} must be left at {field.default!r}, got {value!r} ({field.note}); leave it out or set it to "
+                f"{name} must be left at {field.default!r}, got {shown(value)} ({field.note}); leave it out or set it to "
                 f"{field.default!r}"
             )
 
@@ -266,6 +266,12 @@ def read_settings(values: Mapping[str, Any], prompt: int) -> Settings:
         drafted=_optional(values, "num_assistant_tokens"),
         prefill_chunk_size=_optional(values, "prefill_chunk_size") or PREFILL_CHUNK,
     )
+
+
+def shown(value: Any) -> str:
+    """A value in one short line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def sampling_fields_without_sampling(given: Mapping[str, Any], do_sample: bool) -> list[str]:
@@ -326,6 +332,8 @@ def _pad(values: Mapping[str, Any]) -> int | None:
 
 
 def _scheme(implementation: Any, config: Any) -> str | None:
+    if implementation == "hybrid":  # of older files of Gemma; transformers does not read it any more either
+        implementation = None
     if implementation not in _CACHES:
         raise GenerationError(
             f'cache_implementation must be "dynamic" or "quantized", got {implementation!r}; leave it out for the '

@@ -69,7 +69,11 @@ class _Batch:
         self.processors = list(processors)
         self.sampler = make_sampler(settings.sampling)
         self.alone = len(rows) == 1
-        self.caches = rows[0].caches if self.alone else _merged([row.caches for row in rows])
+        self.caches = rows[0].caches
+        if not self.alone:
+            self.caches = _merged([row.caches for row in rows])
+            for row in rows:
+                row.caches = []
         self.contexts = [TokenBuffer(row.tokens[:-1]) for row in rows] if any(processors) else []
 
     def step(self, tokens: mx.array) -> _Chosen:
@@ -114,7 +118,7 @@ def _merged(caches: Sequence[list[Any]]) -> list[Any]:
     """One batch cache per layer of copies of the rows' caches."""
     layers = list(zip(*caches, strict=True))
     for layer in layers:
-        if not callable(getattr(layer[0], "merge", None)):
+        if not callable(getattr(layer[0], "merge", None)):  # by which mlx-lm tells these caches itself
             raise GenerationError(
                 f"several sequences at once must have caches that mlx-lm can batch, got {type(layer[0]).__name__}; "
                 "generate one sequence at a time"
@@ -142,8 +146,19 @@ def decode(
         ahead: whether the next step may start before a token is looked at. That hides the time of Python from a GPU;
             a row that ends early then holds its last token too, and processors see one step more than is used.
     """
-    places = {id(row): i for i, row in enumerate(rows)}
     batch = _Batch(model, rows, processors, settings)
+    try:
+        _decode(batch, settings, ending, emit, ahead)
+    finally:
+        for i in range(len(batch.rows)):  # those that an error has stopped
+            batch.leave(i)
+
+
+def _decode(
+    batch: _Batch, settings: Settings, ending: Ending, emit: Callable[[dict[int, int]], None], ahead: bool
+) -> None:
+    rows = batch.rows
+    places = {id(row): i for i, row in enumerate(rows)}
     chosen = batch.step(mx.array([row.tokens[-1] for row in rows]))
     for count in range(1, settings.new_tokens + 1):
         last = count == settings.new_tokens

@@ -17,7 +17,16 @@ from ..errors import GenerationError
 from ..loading import compress, compression_of, make_prompt_cache
 from ..schemes import format_scheme, parse_scheme
 from . import decoding
-from .config import FIELDS, PREFILL_CHUNK, Settings, end_tokens, merged, read_settings, sampling_fields_without_sampling
+from .config import (
+    FIELDS,
+    PREFILL_CHUNK,
+    Settings,
+    end_tokens,
+    merged,
+    read_settings,
+    sampling_fields_without_sampling,
+    shown,
+)
 from .decoding import Row
 from .endings import Ending
 from .inputs import read_prompts
@@ -187,7 +196,7 @@ class CausalLM:
             if name not in FIELDS and value is not None:
                 raise GenerationError(
                     "an argument of generate must be one it knows or a field of GenerationConfig, got "
-                    f"{name}={value!r}; leave it out"
+                    f"{name}={shown(value)}; leave it out"
                 )
         own = self.generation_config.to_dict()
         if generation_config is None:
@@ -269,6 +278,10 @@ class CausalLM:
                     given[i].token_ids, given[i].held = list(tokens), held
             starts.append((tokens, caches, held))
         rows = [Row(list(t), len(t), caches, held) for t, caches, held in starts for _ in range(copies)]
+        starts.clear()
+        continued = list(given) if copies == 1 else []
+        for cache in continued:
+            cache.caches = []  # the rows have them: a batch copies them, and nobody needs both
         own = [make_processors(settings, row.prompt, processors) for row in rows]
         emit = _emitter(streamer, len(rows), settings.pad)
         try:
@@ -283,9 +296,8 @@ class CausalLM:
         finally:
             if streamer is not None:
                 streamer.end()
-            if copies == 1:
-                for cache, row in zip(given, rows, strict=False):
-                    cache.caches, cache.token_ids, cache.held = row.caches, list(row.tokens), row.held
+            for cache, row in zip(continued, rows, strict=False):
+                cache.caches, cache.token_ids, cache.held = row.caches, list(row.tokens), row.held
         return rows
 
     def _result(
