@@ -20,6 +20,7 @@ from .demo_models import DEMO_MODELS, demo_model_path
 from .distributed import Placement, placement_of, sharded_load
 from .errors import KVQError
 from .evaluation import Fidelity, compare, step_logprobs
+from .generation import AutoModelForCausalLM, CausalLM, PromptCache, pipeline
 from .loading import Compression, compress, compression_of, load, make_prompt_cache
 from .probes import distortion, key_norms, layer_timing, recorded_queries
 from .prompt_cache import (
@@ -39,9 +40,11 @@ __all__ = [
     "DEMO_MODELS",
     "Adapter",
     "Allocation",
+    "AutoModelForCausalLM",
     "BatchKVQCache",
     "CacheReport",
     "Calibration",
+    "CausalLM",
     "Codec",
     "CompressedKV",
     "Compression",
@@ -55,6 +58,7 @@ __all__ = [
     "LayerSpec",
     "Placement",
     "Plane",
+    "PromptCache",
     "PromptCacheInfo",
     "Published",
     "SlidingKVQCache",
@@ -81,6 +85,7 @@ __all__ = [
     "load_prompt_cache",
     "make_prompt_cache",
     "parse_scheme",
+    "pipeline",
     "placement_of",
     "push_calibration",
     "read_prompt_cache_info",

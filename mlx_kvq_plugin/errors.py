@@ -36,6 +36,10 @@ class PluginError(KVQError):
     """An entry point is broken, or two of them claim the same name."""
 
 
+class GenerationError(KVQError, ValueError):
+    """An argument of `generate`, a pipeline or a generation config cannot be used."""
+
+
 class AttentionError(KVQError):
     """No attention function accepts the arguments."""
 

@@ -1,0 +1,85 @@
+"""Prompts as callers give them: ids of one or two dimensions, with or without a mask of left padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import GenerationError
+
+
+def read_ids(input_ids: Any) -> np.ndarray:
+    """Token ids as int64 `(B, T)` from lists, NumPy or MLX arrays of one or two dimensions.
+
+    Raises:
+        GenerationError: for ragged lists, other types, other dimensions or no token at all.
+    """
+    ids = _array("input_ids", input_ids)
+    if ids.ndim == 1:
+        ids = ids[None]
+    if ids.ndim != 2 or ids.size == 0:
+        raise GenerationError(
+            f"input_ids must have shape (T,) or (B, T) with at least one token, got {ids.shape}; "
+            "tokenize a prompt first"
+        )
+    if ids.min() < 0:
+        raise GenerationError(f"input_ids must be token ids, got {ids.min()}; take ids from the model's tokenizer")
+    return ids
+
+
+def read_prompts(
+    input_ids: Any, attention_mask: Any, pad: int | None, ends: tuple[int, ...]
+) -> tuple[np.ndarray, list[list[int]]]:
+    """The ids as given, `(B, T)`, and every row's own tokens without its padding on the left.
+
+    Without a mask, padding is what transformers takes for it: tokens `pad`, if that is not an end token too.
+
+    Raises:
+        GenerationError: as `read_ids`; for a mask of another shape, or with zeros after a one.
+    """
+    ids = read_ids(input_ids)
+    if attention_mask is None:
+        known = pad is not None and pad not in ends
+        mask = ids != pad if known else np.ones(ids.shape, bool)
+        if known and not mask.any(axis=1).all():
+            mask = np.ones(ids.shape, bool)  # a prompt of nothing but padding is a prompt
+    else:
+        mask = _mask(attention_mask, ids.shape)
+    first = mask.argmax(axis=1)
+    if not all(row[start:].all() for row, start in zip(mask, first, strict=True)):
+        raise GenerationError(
+            "attention_mask must be zeros, then ones in every row, got other zeros; pad on the left "
+            '(tokenizer.padding_side = "left")'
+        )
+    return ids, [row[start:].tolist() for row, start in zip(ids, first, strict=True)]
+
+
+def _mask(attention_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
+    mask = _array("attention_mask", attention_mask)
+    if mask.ndim == 1:
+        mask = mask[None]
+    if mask.shape != shape or not np.isin(mask, (0, 1)).all() or not mask.any(axis=1).all():
+        raise GenerationError(
+            f"attention_mask must hold zeros and ones, a one in every row, with the shape of input_ids {shape}, got "
+            f"shape {mask.shape}; pass the tokenizer's own"
+        )
+    return mask.astype(bool)
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+    """Integers of a list, a NumPy or an MLX array."""
+    if not isinstance(value, list | tuple | np.ndarray | mx.array):
+        raise GenerationError(
+            f"{name} must be a list, a NumPy array or an MLX array of integers, got {type(value).__name__}; convert it"
+        )
+    try:
+        array = np.array(value)
+    except ValueError as error:
+        raise GenerationError(
+            f"{name} must have rows of one length, got rows of several; pad them on the left and pass attention_mask"
+        ) from error
+    if array.dtype.kind not in "iub" and array.size:
+        raise GenerationError(f"{name} must hold integers, got {array.dtype}; convert it")
+    return array.astype(np.int64)
