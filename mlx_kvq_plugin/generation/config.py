@@ -223,8 +223,8 @@ def check_fields(values: Mapping[str, Any]) -> None:
                 )
         elif field.status == REFUSED and not field.asks_for_nothing(value):
             raise GenerationError(
-                f"{name} must be left at {field.default!r}, got {shown(value)} ({field.note}); leave it out or set it to "
-                f"{field.default!r}"
+                f"{name} must be left at {field.default!r}, got {shown(value)} ({field.note}); leave it out or set "
+                f"it to {field.default!r}"
             )
 
 
