@@ -17,18 +17,10 @@ from ..errors import GenerationError
 from ..loading import compress, compression_of, make_prompt_cache
 from ..schemes import format_scheme, parse_scheme
 from . import decoding
-from .config import (
-    FIELDS,
-    PREFILL_CHUNK,
-    Settings,
-    end_tokens,
-    merged,
-    read_settings,
-    sampling_fields_without_sampling,
-    shown,
-)
+from .config import PREFILL_CHUNK, Settings, end_tokens, merged, read_settings, sampling_fields_without_sampling
 from .decoding import Row
 from .endings import Ending
+from .fields import FIELDS, shown
 from .inputs import read_prompts
 from .processors import make_processors
 from .prompts import PromptCache

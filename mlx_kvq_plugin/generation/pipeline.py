@@ -11,7 +11,7 @@ import numpy as np
 from ..config import KVQConfig
 from ..errors import GenerationError
 from .auto import AutoModelForCausalLM
-from .config import FIELDS
+from .fields import FIELDS
 from .model import CausalLM, GenerateOutput
 
 TASK = "text-generation"
@@ -173,5 +173,5 @@ def _full(prompt: str | Chat, text: str, continue_final: bool | None) -> Any:
         return prompt + text
     messages = [dict(message) for message in prompt]
     if _goes_on(prompt, continue_final):
-        return [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + text}]
+        pass
     return [*messages, {"role": "assistant", "content": text}]
