@@ -1,8 +1,8 @@
 """Generation as Hugging Face's transformers does it, on mlx-lm's models with compressed caches.
 
-`fields` knows every field of transformers' `GenerationConfig`, `config` what a call makes of them, `inputs` reads prompts,
-`processors` changes scores, `endings` says when a sequence is complete, `decoding` runs the model, `prompts` keeps prompt
-caches; `model`, `auto` and `pipeline` are what users call.
+`fields` knows every field of transformers' `GenerationConfig`, `config` what a call makes of them, `inputs` reads
+prompts, `processors` changes scores, `endings` says when a sequence is complete, `decoding` runs the model, `prompts`
+keeps prompt caches; `model`, `auto` and `pipeline` are what users call.
 """
 
 from .auto import AutoModelForCausalLM

@@ -173,5 +173,5 @@ def _full(prompt: str | Chat, text: str, continue_final: bool | None) -> Any:
         return prompt + text
     messages = [dict(message) for message in prompt]
     if _goes_on(prompt, continue_final):
-        pass
+        return [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + text}]
     return [*messages, {"role": "assistant", "content": text}]
