@@ -163,12 +163,12 @@ class CausalLM:
             warnings.warn(f"{name} is read with do_sample=True only; greedy decoding goes without it", stacklevel=2)
         draft = assistant_model.model if isinstance(assistant_model, CausalLM) else assistant_model
         check_vocabulary(self.model, prompts, settings)
-        if draft is not None:
-            check_vocabulary(draft, prompts)
         check_callables("logits_processor", logits_processor)
         check_callables("stopping_criteria", stopping_criteria)
         given = _prompt_caches(past_key_values, self, len(prompts))
         _check_together(settings, len(prompts), draft)
+        if draft is not None:
+            check_vocabulary(draft, prompts)
         decode = self._decode(tokenizer) if settings.stop_strings else None
         if seed is not None:
             mx.random.seed(check_seed(seed))
