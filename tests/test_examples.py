@@ -97,6 +97,16 @@ def test_standalone_example_prints_what_it_promises():
     assert exact[0] > 1 and exact[1:] == [0.0, 0.0]
 
 
+@pytest.mark.real_model
+def test_generation_example_answers_from_a_file():
+    command = [sys.executable, ROOT / "examples" / "generate_hf.py", "--kv-scheme", "tq3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("Answers from the file are those from memory: True\n")
+    assert "The lighthouse stood on" in done.stdout and "30 of 30 layers compressed" in done.stdout
+    assert "{'role': 'assistant', 'content': '" in done.stdout
+
+
 # ---- the outside judge -----------------------------------------------------------------------------------------------
 
 JUDGE = ROOT / "examples" / "outside_judge.py"

@@ -13,7 +13,8 @@ from transformers import GenerationConfig
 import mlx_kvq_plugin as kvq
 from mlx_kvq_plugin.errors import GenerationError
 from mlx_kvq_plugin.generation import FIELDS, parity_table
-from mlx_kvq_plugin.generation.config import HARMLESS, REFUSED, SUPPORTED, read_settings
+from mlx_kvq_plugin.generation.config import read_settings
+from mlx_kvq_plugin.generation.fields import HARMLESS, REFUSED, SUPPORTED
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "generation.md"
 

@@ -1,12 +1,12 @@
 """Generation as Hugging Face's transformers does it, on mlx-lm's models with compressed caches.
 
-`config` knows every field of transformers' `GenerationConfig`, `inputs` reads prompts, `processors` changes scores,
-`endings` says when a sequence is complete, `decoding` runs the model, `prompts` keeps prompt caches, `model`,
-`auto` and `pipeline` are what users call.
+`fields` knows every field of transformers' `GenerationConfig`, `config` what a call makes of them, `inputs` reads
+prompts, `processors` changes scores, `endings` says when a sequence is complete, `decoding` runs the model, `prompts`
+keeps prompt caches; `model`, `auto` and `pipeline` are what users call.
 """
 
 from .auto import AutoModelForCausalLM
-from .config import FIELDS, Field, parity_table
+from .fields import FIELDS, Field, parity_table
 from .model import CausalLM, GenerateOutput
 from .pipeline import TextGenerationPipeline, pipeline
 from .prompts import PromptCache

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import GenerationError
+from ..serving_report import model_fact
+from .config import Settings
 
 
 def read_ids(input_ids: Any) -> np.ndarray:
@@ -54,6 +57,41 @@ def read_prompts(
             '(tokenizer.padding_side = "left")'
         )
     return ids, [row[start:].tolist() for row, start in zip(ids, first, strict=True)]
+
+
+def check_vocabulary(model: Any, prompts: Sequence[Sequence[int]], settings: Settings | None = None) -> None:
+    """Raise `GenerationError` for ids that a model has no row for; MLX would read and write past its arrays.
+
+    End tokens outside of the vocabulary never come and are no error: processors leave them out.
+    """
+    size = model_fact(model, "vocab_size")
+    if size is None:
+        raise GenerationError("a model must tell its vocab_size to generate, got None; add it to its configuration")
+    asked: dict[str, list[int]] = {"input_ids": [token for tokens in prompts for token in tokens]}
+    if settings is not None:
+        asked["bad_words_ids"] = [token for word in settings.bad_words_ids for token in word]
+        asked["suppress_tokens"] = list(settings.suppress_tokens)
+        asked["begin_suppress_tokens"] = list(settings.begin_suppress_tokens)
+    for name, ids in asked.items():
+        if ids and max(ids) >= size:
+            raise GenerationError(
+                f"{name} must hold ids below the model's vocab_size {size}, got {max(ids)}; take ids from the model's "
+                "tokenizer"
+            )
+
+
+def check_seed(seed: Any) -> int:
+    """A seed that MLX takes."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
+        raise GenerationError(f"seed must be an integer from 0 to 2**64 - 1, got {seed!r}; change it")
+    return int(seed)
+
+
+def check_callables(name: str, given: Any) -> None:
+    """Raise `GenerationError` for anything but `None` or several callables, such as one without a list around it."""
+    if given is None or (isinstance(given, list | tuple) and all(callable(one) for one in given)):
+        return
+    raise GenerationError(f"{name} must be a list of callables, got {type(given).__name__}; put it into a list")
 
 
 def _mask(attention_mask: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -17,19 +17,11 @@ from ..errors import GenerationError
 from ..loading import compress, compression_of, make_prompt_cache
 from ..schemes import format_scheme, parse_scheme
 from . import decoding
-from .config import (
-    FIELDS,
-    PREFILL_CHUNK,
-    Settings,
-    end_tokens,
-    merged,
-    read_settings,
-    sampling_fields_without_sampling,
-    shown,
-)
+from .config import PREFILL_CHUNK, Settings, end_tokens, merged, read_settings, sampling_fields_without_sampling
 from .decoding import Row
 from .endings import Ending
-from .inputs import read_prompts
+from .fields import FIELDS, shown
+from .inputs import check_callables, check_seed, check_vocabulary, read_prompts
 from .processors import make_processors
 from .prompts import PromptCache
 
@@ -112,13 +104,14 @@ class CausalLM:
             prompt: text, or the ids of one sequence.
 
         Raises:
-            GenerationError: for anything but one sequence of tokens.
+            GenerationError: for anything but one sequence of tokens of the vocabulary.
         """
         _, prompts = read_prompts(self.encode(prompt) if isinstance(prompt, str) else prompt, None, None, ())
         if len(prompts) != 1:
             raise GenerationError(
                 f"a prompt to prefill must be one sequence, got {len(prompts)}; prefill them one by one"
             )
+        check_vocabulary(self.model, prompts)
         tokens, caches = prompts[0], make_prompt_cache(self.model)
         decoding.read(self.model, caches, tokens[:-1], PREFILL_CHUNK)
         return PromptCache(self, caches, tokens, held=len(tokens) - 1, scheme=self.scheme)
@@ -169,11 +162,16 @@ class CausalLM:
         for name in sampling_fields_without_sampling(fields, settings.sampling is not None):
             warnings.warn(f"{name} is read with do_sample=True only; greedy decoding goes without it", stacklevel=2)
         draft = assistant_model.model if isinstance(assistant_model, CausalLM) else assistant_model
+        check_vocabulary(self.model, prompts, settings)
+        check_callables("logits_processor", logits_processor)
+        check_callables("stopping_criteria", stopping_criteria)
         given = _prompt_caches(past_key_values, self, len(prompts))
         _check_together(settings, len(prompts), draft)
+        if draft is not None:
+            check_vocabulary(draft, prompts)
         decode = self._decode(tokenizer) if settings.stop_strings else None
         if seed is not None:
-            mx.random.seed(seed)
+            mx.random.seed(check_seed(seed))
         schemes = {cache.scheme for cache in given}
         if settings.scheme is not None:
             schemes.add(format_scheme(parse_scheme(settings.scheme)))

@@ -11,7 +11,7 @@ import numpy as np
 from ..config import KVQConfig
 from ..errors import GenerationError
 from .auto import AutoModelForCausalLM
-from .config import FIELDS
+from .fields import FIELDS
 from .model import CausalLM, GenerateOutput
 
 TASK = "text-generation"

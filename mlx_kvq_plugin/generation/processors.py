@@ -88,11 +88,12 @@ def reported_scores(logits: mx.array, logprobs: mx.array, settings: Settings) ->
 
 
 def _suppressed(ids: Sequence[int], applies: Callable[[int], bool]) -> Processor:
-    where = mx.array(list(ids))
+    """Never one of `ids`; those without a score never come anyway, and MLX would write past the scores."""
 
     def suppress(tokens: mx.array, logits: mx.array) -> mx.array:
-        if applies(tokens.size):
-            logits[:, where] = _NEVER
+        known = [token for token in ids if token < logits.shape[-1]]
+        if known and applies(tokens.size):
+            logits[:, mx.array(known)] = _NEVER
         return logits
 
     return suppress

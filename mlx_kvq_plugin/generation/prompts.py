@@ -40,6 +40,11 @@ class PromptCache:
         self.token_ids = [int(token) for token in token_ids]
         self.held = held
 
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Ids of the sequence, those that the layers do not hold yet included."""
+        return tuple(self.token_ids)
+
     def fork(self) -> PromptCache:
         """A deep copy: what continues one leaves the other as it is. Costs the bytes of the cache."""
         caches = copy.deepcopy(self.caches)
