@@ -338,6 +338,26 @@ def test_an_end_token_may_come_right_after_the_least_length(lm, fields: dict[str
     assert len(tokens) == 6 and tokens[5] == 9 and 9 not in tokens[:5]
 
 
+def test_a_row_that_goes_on_keeps_its_own_least_length(lm) -> None:
+    """The longer prompt's row ends first; the other must not count from that prompt."""
+    long, short = prompt_of(30), prompt_of(5)
+    options = {
+        "attention_mask": [[1] * 30, [0] * 25 + [1] * 5],
+        "eos_token_id": 9,
+        "min_new_tokens": 4,
+        "pad_token_id": 0,
+    }
+    output = lm.generate(
+        [long, [0] * 25 + short],
+        max_new_tokens=12,
+        logits_processor=[lambda ids, scores: scores + 1e4 * (mx.arange(scores.shape[1]) == 9)],
+        stopping_criteria=[lambda ids, scores: ids.shape[1] == 32],
+        **options,
+    )
+    made = [row[30:] for row in output.tolist()]
+    assert made[0][2:] == [0, 0, 0] and len(made[1]) == 5 and made[1][4] == 9
+
+
 def test_stopping_criteria_of_the_caller(lm) -> None:
     prompts = [prompt_of(6), prompt_of(6, 1)]
     stops = [lambda ids, scores: ids.shape[1] >= 9 and ids[0, 0].item() == prompts[0][0]]
