@@ -307,6 +307,57 @@ def test_logits_processors_of_the_caller(lm) -> None:
     )
 
 
+def test_a_processor_sees_no_step_after_the_end(lm) -> None:
+    prompt = prompt_of(20)
+    tokens = reference(lm.model, prompt, 20)
+    end, seen = tokens[7], []
+    output = lm.generate(
+        prompt, max_new_tokens=20, eos_token_id=end, logits_processor=[lambda ids, s: seen.append(ids.size) or s]
+    )
+    assert seen == list(range(20, output.size)) and output.size < 40
+
+
+@pytest.mark.parametrize("fields", [{"repetition_penalty": 1.6}, {"logits_processor": [lambda ids, scores: scores]}])
+def test_rows_that_go_on_keep_their_own_tokens(lm, fields: dict[str, Any]) -> None:
+    """The first rows end first: what is kept for each of the others moves up."""
+    prompts = [prompt_of(12, seed) for seed in range(4)]
+    alone = [new(lm.generate(prompt, max_new_tokens=24, **fields), prompt) for prompt in prompts]
+    end = alone[0][2]
+    cut = [tokens[: tokens.index(end) + 1] if end in tokens else tokens for tokens in alone]
+    output = lm.generate(prompts, max_new_tokens=24, eos_token_id=end, pad_token_id=0, **fields)
+    assert len(cut[0]) <= 3 and max(map(len, cut)) == 24
+    assert [new(output, p, i) for i, p in enumerate(prompts)] == [t + [0] * (24 - len(t)) for t in cut]
+
+
+@pytest.mark.parametrize("fields", [{"min_new_tokens": 5}, {"min_length": 15}])
+def test_an_end_token_may_come_right_after_the_least_length(lm, fields: dict[str, Any]) -> None:
+    prompt = prompt_of(10)
+    eager = [lambda ids, scores: scores + 1e4 * (mx.arange(scores.shape[1]) == 9)]
+    output = lm.generate(prompt, eos_token_id=9, max_new_tokens=12, logits_processor=eager, **fields)
+    tokens = new(output, prompt)
+    assert len(tokens) == 6 and tokens[5] == 9 and 9 not in tokens[:5]
+
+
+def test_a_row_that_goes_on_keeps_its_own_least_length(lm) -> None:
+    """The longer prompt's row ends first; the other must not count from that prompt."""
+    long, short = prompt_of(30), prompt_of(5)
+    options = {
+        "attention_mask": [[1] * 30, [0] * 25 + [1] * 5],
+        "eos_token_id": 9,
+        "min_new_tokens": 4,
+        "pad_token_id": 0,
+    }
+    output = lm.generate(
+        [long, [0] * 25 + short],
+        max_new_tokens=12,
+        logits_processor=[lambda ids, scores: scores + 1e4 * (mx.arange(scores.shape[1]) == 9)],
+        stopping_criteria=[lambda ids, scores: ids.shape[1] == 32],
+        **options,
+    )
+    made = [row[30:] for row in output.tolist()]
+    assert made[0][2:] == [0, 0, 0] and len(made[1]) == 5 and made[1][4] == 9
+
+
 def test_stopping_criteria_of_the_caller(lm) -> None:
     prompts = [prompt_of(6), prompt_of(6, 1)]
     stops = [lambda ids, scores: ids.shape[1] >= 9 and ids[0, 0].item() == prompts[0][0]]
@@ -455,6 +506,7 @@ def test_a_conversation_goes_on_in_its_cache(lm) -> None:
     again = lm.generate(prompt, max_new_tokens=20, eos_token_id=end, return_dict_in_generate=True).past_key_values
     assert again.held == len(said)
     assert lm.generate(said, past_key_values=again, max_new_tokens=4).shape == (1, len(said) + 4)
+    assert again.held == len(said) + 3 and {c.offset for c in again.caches} == {again.held}
 
 
 def test_prompt_caches_of_a_batch(lm) -> None:

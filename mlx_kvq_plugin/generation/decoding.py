@@ -82,7 +82,7 @@ class _Batch:
             logits = self.model(tokens[:, None], cache=self.caches)[:, -1, :]
             for row in self.rows:
                 row.held += 1
-            kept = logits + 0 if self.settings.output_logits else None  # processors change logits in place
+            kept = logits if self.settings.output_logits else None
             if self.contexts:
                 logits = mx.concatenate([self._processed(i, tokens, logits) for i in range(len(self.rows))])
             logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
