@@ -399,19 +399,23 @@ class KVQCache(_BaseCache):
         if not fits:
             self._packed_start = 0
 
+    @property
+    def _kernel_rows(self) -> int:
+        """`plane_rows` of codecs that kernels serve, whose planes all have a row for every token: once a step."""
+        return next(iter(self.key_planes.values())).shape[2]
+
     def counts(self) -> tuple[int, ...]:
         """For kernels: packed tokens, first row and rows of the planes, position; sinks, dense tokens, dense rows."""
         assert self.dense_keys is not None
-        rows = next(iter(self.key_planes.values())).shape[2]
         sinks = min(self.spec.sinks, self._dense)
         position = self.offset - self._packed - self._dense + sinks
         dense_rows = self.dense_keys.shape[2]
-        return self._packed, self._packed_start, rows, position, sinks, self._dense, dense_rows
+        return self._packed, self._packed_start, self._kernel_rows, position, sinks, self._dense, dense_rows
 
     def reserve_tiles(self) -> None:
         """Room in the planes for whole tiles of tokens, which kernels read to their end."""
         start, stop = self._packed_start, self._packed_start + tile_rows(self._packed)
-        if next(iter(self.key_planes.values())).shape[2] >= stop:
+        if self._kernel_rows >= stop:
             return
         room, shared = stop - start - self._packed, self._shared_planes()
         keys, values = self.live_planes()

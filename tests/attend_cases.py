@@ -15,9 +15,7 @@ from token_cases import Kind, Shape, cache_of
 from mlx_kvq_plugin.attention import AttendArgs, attend_packed
 from mlx_kvq_plugin.cache import KVQCache
 from mlx_kvq_plugin.codecs import Codec
-from mlx_kvq_plugin.kernels.attend import Call, FusedPlan
-from mlx_kvq_plugin.kernels.build import has_byte_products
-from mlx_kvq_plugin.kernels.byte_codes import has_bytes
+from mlx_kvq_plugin.kernels.attend import Call, FusedPlan, by_bytes
 from mlx_kvq_plugin.kernels.codes import code_layout
 from mlx_kvq_plugin.kernels.dispatch import prepared_call
 from mlx_kvq_plugin.kernels.launch import Launch
@@ -142,16 +140,11 @@ def _plan(call: Call, codecs: tuple[Codec, Codec, Rotary | None], launch: Launch
     return FusedPlan(call, *codecs, launch, on)
 
 
-def plan_of(config: Config, args: AttendArgs, on: str, groups: int = 8, rows: Sequence[KVQCache] = ()) -> FusedPlan:
-    _, call, _, codecs = prepared_call(rows or [args.cache], len(rows), args, args.mask)
-    return _plan(call, codecs, Launch(warps=config.warps, groups=groups, merge_threads=config.merge_threads), on)
-
-
 def fused(config: Config, args: AttendArgs, on: str, groups: int = 8, rows: Sequence[KVQCache] = ()) -> mx.array:
     """The kernels' output, of the one cache of `args` or of the rows of a batch."""
-    caches, _, mask, _ = prepared_call(rows or [args.cache], len(rows), args, args.mask)
-    plan = plan_of(config, args, on, groups, rows)
-    return plan(caches, mx.contiguous(args.queries), mask, args.sinks)
+    caches, call, mask, codecs = prepared_call(rows or [args.cache], len(rows), args, args.mask)
+    launch = Launch(warps=config.warps, groups=groups, merge_threads=config.merge_threads)
+    return _plan(call, codecs, launch, on)(caches, mx.contiguous(args.queries), mask, args.sinks)
 
 
 def twin(args: AttendArgs) -> mx.array:
@@ -192,8 +185,7 @@ def compare(config: Config, got: mx.array, expected: Any) -> None:
 def rounds(args: AttendArgs, on: str) -> bool:
     """Whether kernels have levels of bytes."""
     cache, dims = args.cache, (args.cache.dense_keys.shape[-1], args.cache.dense_values.shape[-1])
-    layouts = [code_layout(codec, dim) for codec, dim in zip((cache.key_codec, cache.value_codec), dims, strict=True)]
-    return has_byte_products(on) and all(map(has_bytes, layouts))
+    return by_bytes(code_layout(cache.key_codec, dims[0]), code_layout(cache.value_codec, dims[1]), on)
 
 
 def exactly(args: AttendArgs, on: str) -> Any:

@@ -20,7 +20,6 @@ KVQ_SHARED_ARRAY(float, shared_rows, KVQ_REGIONS * KVQ_COLUMNS * KVQ_SHARED_DIM)
 KVQ_SHARED_ARRAY(float, shared_factor, KVQ_COLUMNS);
 KVQ_SHARED_ARRAY(float, shared_peak, KVQ_WARPS * KVQ_COLUMNS);
 KVQ_SHARED_ARRAY(float, shared_total, KVQ_WARPS * KVQ_COLUMNS);
-KVQ_SHARED_ARRAY(float, shared_size, KVQ_WARPS);
 #if KVQ_FRAME
 #if KVQ_SHARED_TURNS
 KVQ_SHARED_ARRAY(kvq_uint, shared_turns, KVQ_PAIR_STEPS * 4 * 32 * 4);
@@ -28,6 +27,15 @@ KVQ_SHARED_ARRAY(kvq_uint, shared_turns, KVQ_PAIR_STEPS * 4 * 32 * 4);
 KVQ_SHARED_ARRAY(float, shared_mean, KVQ_COLUMNS * KVQ_MEAN_STRIDE);
 KVQ_SHARED_ARRAY(float, shared_mean_factor, KVQ_COLUMNS);
 KVQ_SHARED_ARRAY(float, shared_constant, KVQ_COLUMNS);
+#endif
+
+// Four words of the table of turns, a lane's part of a left operand.
+#if KVQ_SHARED_TURNS
+#define KVQ_LOAD_TURN(at, turn) \
+  KVQ_UNROLL \
+  for (int j = 0; j < 4; j++) turn[j] = shared_turns[(at) + j]
+#else
+#define KVQ_LOAD_TURN(at, turn) kvq_load16(inner_turns + 4 * (at), turn)
 #endif
 
 // Loads that wait for nothing come first; what they bring is stored once queries are prepared.

@@ -70,6 +70,11 @@ def why_not_fused(cache: KVQCache, dim: int, value_dim: int) -> str:
     return why_not_codes(cache.key_codec, dim) or why_not_codes(cache.value_codec, value_dim)
 
 
+def by_bytes(key: CodeLayout, value: CodeLayout, on: str) -> bool:
+    """Whether a backend multiplies these codes as 8-bit integers, not as half precision numbers."""
+    return has_byte_products(on) and has_bytes(key) and has_bytes(value)
+
+
 def _side_inputs(side: str, layout: CodeLayout, row: int) -> list[str]:
     return [f"{side}{i}_{row}" for i in range(len(layout.planes))] + [f"{side}_scale_{row}"]
 
@@ -122,32 +127,20 @@ def _integers(rows: int) -> str:
 class FusedPlan:
     """Kernels and constant arrays for calls of one kind; made once, kept by the cache."""
 
-    def __init__(
-        self,
-        call: Call,
-        key: Codec,
-        value: Codec,
-        rotary: Rotary | None,
-        launch: Launch,
-        on: str = "",
-        halves: bool = False,
-    ):
+    def __init__(self, call: Call, key: Codec, value: Codec, rotary: Rotary | None, launch: Launch, on: str = ""):
         """
         Args:
             rotary: of the key frame; `None` without a frame.
             on: a backend; empty takes that of the default device.
-            halves: whether to multiply half precision numbers even where products of bytes would do.
         """
         self.call, self.rotary, self.launch = call, rotary, launch
         self.key_layout, self.value_layout = code_layout(key, call.key_dim), code_layout(value, call.value_dim)
         self.rows = call.repeat * call.queries
-        wide = max(call.key_dim, call.value_dim) > 128
-        self.bytes = not halves and has_byte_products(on or backend())
-        self.bytes = self.bytes and has_bytes(self.key_layout) and has_bytes(self.value_layout)
-        if self.bytes:  # a query takes two columns of products
-            self.columns = 4 if self.rows <= 4 else 8
-        else:
-            self.columns = 8 if self.rows <= 8 or wide else 16
+        self.wide = max(call.key_dim, call.value_dim) > 128
+        self.bytes = by_bytes(self.key_layout, self.value_layout, on or backend())
+        self.queries_at_a_time = 4 if self.bytes else 8  # by one product: of bytes, a query takes two columns
+        most = 8 if self.bytes or self.wide else 16
+        self.columns = self.queries_at_a_time if self.rows <= self.queries_at_a_time else most
         self.tiles = -(-self.rows // self.columns)
         self.tables = tables_of(key, call.key_dim, value, call.value_dim, rotary)
         self.dtype = {"float": mx.float32, "kvq_half": mx.float16, "kvq_bfloat": mx.bfloat16}[call.dtype]
@@ -161,7 +154,6 @@ class FusedPlan:
 
     def _defines(self) -> dict[str, Any]:
         call = self.call
-        wide = max(call.key_dim, call.value_dim) > 128
         pairs = self.rotary.pairs if self.rotary is not None else 0
         batches, heads, queries = call.mask or (1, 1, 1)
         return {
@@ -174,11 +166,11 @@ class FusedPlan:
             "KVQ_QUERIES": call.queries,
             "KVQ_COLUMNS": self.columns,
             "KVQ_BYTES": self.bytes,
-            "KVQ_NT": self.columns // (4 if self.bytes else 8),
+            "KVQ_NT": self.columns // self.queries_at_a_time,
             "KVQ_QUERY_TILES": self.tiles,
             "KVQ_WARPS": self.launch.warps,
             "KVQ_REGIONS": self.regions,
-            "KVQ_AHEAD": self.columns == (4 if self.bytes else 8) and not wide,
+            "KVQ_AHEAD": self.columns == self.queries_at_a_time and not self.wide,
             "KVQ_SCALE": f"{call.scale!r}f",
             "KVQ_SOFTCAP_ON": call.softcap != 0,
             "KVQ_SOFTCAP": f"{float(call.softcap)!r}f",
@@ -225,16 +217,16 @@ class FusedPlan:
             prologue += "KVQ_DEVICE const float* frame_mean = frame;\n"
             prologue += "KVQ_DEVICE const float* frame_scale = frame + KVQ_DK;\n"
         if self.bytes:
-            parts = ["attend_first.h", "attend_queries.h", "attend_bytes.h"]
+            products = "attend_bytes.h"
             codes = key_bytes_text(self.key_layout) + value_bytes_text(self.value_layout)
         else:
-            parts = ["attend_queries.h", "attend_halves.h"]
+            products = "attend_halves.h"
             codes = key_text(self.key_layout) + value_text(self.value_layout)
         return build(
             "attend",
             inputs,
             ["partial"],
-            ["attend.h", *parts, "attend_end.h"],
+            ["attend.h", "attend_first.h", "attend_queries.h", products, "attend_end.h"],
             ["common.h"],
             {
                 **self._defines(),

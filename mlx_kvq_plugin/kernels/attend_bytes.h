@@ -122,19 +122,15 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
                       far_quads[2 * k + 1], query[nt][k % (KVQ_DK / 32)][0], query[nt][k % (KVQ_DK / 32)][1]);
 #if KVQ_FRAME
       float means[4] = {0.0f, 0.0f, 0.0f, 0.0f}, more_means[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#if KVQ_PAIR_STEPS
       KVQ_UNROLL
       for (int step = 0; step < KVQ_PAIR_STEPS; step++) {
         const int at = ((sub * KVQ_PAIR_STEPS + step) * 32 + row * 4 + col) * 4;
-#if KVQ_SHARED_TURNS
-        const kvq_uint turn[4] = {shared_turns[at], shared_turns[at + 1], shared_turns[at + 2], shared_turns[at + 3]};
-#else
         kvq_uint turn[4];
-        kvq_load16(inner_turns + 4 * at, turn);
-#endif
-#if KVQ_PAIR_STEPS
+        KVQ_LOAD_TURN(at, turn);
         kvq_mma(step % 2 ? more_means : means, turn[0], turn[1], turn[2], turn[3], mean[nt][step][0], mean[nt][step][1]);
-#endif
       }
+#endif
 #endif
       KVQ_UNROLL
       for (int i = 0; i < 2; i++) {
@@ -144,7 +140,7 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
         score += kvq_fma(means[2 * i] + more_means[2 * i], mean_factor[nt], steady[nt]);
 #endif
 #if KVQ_SOFTCAP_ON
-        score = KVQ_SOFTCAP * KVQ_LOG2E * kvq_tanh(score * (1.0f / (KVQ_SOFTCAP * KVQ_LOG2E)));
+        score = kvq_capped(score);
 #endif
 #if KVQ_MASK
         const int r = kvq_min(tile_row + 16 * sub + row + i * 8, packed - 1);
@@ -212,12 +208,7 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
   }
 #if KVQ_AHEAD
   KVQ_LOAD_SIZES(kvq_min(tile + stride, last_tile));
-  key_fields(KVQ_KEY_PLANES, kvq_min(tile + stride, last_tile) * 64 + row, col, key_field);
-  KVQ_UNROLL
-  for (int sub = 0; sub < 4; sub++) {
-    key_load(key_field, col, 16 * sub, key_words[sub][0]);
-    key_load(key_field, col, 16 * sub + 8, key_words[sub][1]);
-  }
+  KVQ_LOAD_KEYS(kvq_min(tile + stride, last_tile));
 #endif
 
   int tile_sums[KVQ_NT][KVQ_DV / 16][4];

@@ -1,9 +1,20 @@
-// What a warp loads first, for attend_bytes.h: its first tile's codes, and what turns the mean term's queries.
+// What a warp loads first: its first tile's codes, and for attend_bytes.h their scales and what turns the mean term's
+// queries.
 const int last_tile = (packed - 1) / 64, stride = splits * KVQ_WARPS;
 const int first_tile = KVQ_GROUP_X * KVQ_WARPS + warp;
 KVQ_DEVICE const kvq_byte* key_field[KVQ_KEY_FIELDS];
 KVQ_DEVICE const kvq_byte* value_field[KVQ_VALUE_FIELDS];
 kvq_uint key_words[4][2][KVQ_KEY_WORDS], value_words[4][4][KVQ_VALUE_WORDS];
+#define KVQ_LOAD_KEYS(tile) \
+  { \
+    key_fields(KVQ_KEY_PLANES, (tile) * 64 + row, col, key_field); \
+    KVQ_UNROLL \
+    for (int sub = 0; sub < 4; sub++) { \
+      key_load(key_field, col, 16 * sub, key_words[sub][0]); \
+      key_load(key_field, col, 16 * sub + 8, key_words[sub][1]); \
+    } \
+  }
+#if KVQ_BYTES
 kvq_uint raw_sizes[4];  // scales of keys, and of values, of tokens `lane` and `lane + 32` of a tile
 #define KVQ_LOAD_SIZES(tile) \
   { \
@@ -14,17 +25,15 @@ kvq_uint raw_sizes[4];  // scales of keys, and of values, of tokens `lane` and `
       raw_sizes[2 * i + 1] = kvq_load2((KVQ_DEVICE const kvq_byte*)(value_scale + token)); \
     } \
   }
+#endif
 #if KVQ_AHEAD
+#if KVQ_BYTES
 KVQ_LOAD_SIZES(kvq_min(first_tile, last_tile));
-key_fields(KVQ_KEY_PLANES, kvq_min(first_tile, last_tile) * 64 + row, col, key_field);
-KVQ_UNROLL
-for (int sub = 0; sub < 4; sub++) {
-  key_load(key_field, col, 16 * sub, key_words[sub][0]);
-  key_load(key_field, col, 16 * sub + 8, key_words[sub][1]);
-}
+#endif
+KVQ_LOAD_KEYS(kvq_min(first_tile, last_tile));
 #endif
 
-#if KVQ_FRAME && KVQ_PAIR_STEPS
+#if KVQ_BYTES && KVQ_FRAME && KVQ_PAIR_STEPS
 // The mean term's queries, turned to the tile that a warp is at: of rotary pairs 8 step + lane % 8, query lane / 8. They
 // go through shared memory into the order of operands, and are turned on by the distance of a warp's tiles.
 #define KVQ_OPERANDS (2 * KVQ_PAIR_STEPS + 4)

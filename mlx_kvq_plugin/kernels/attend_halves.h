@@ -33,22 +33,9 @@ for (int nt = 0; nt < KVQ_NT; nt++) {
   total[nt][0] = total[nt][1] = 0.0f;
 }
 
-const int last_tile = (packed - 1) / 64, stride = splits * KVQ_WARPS;
 kvq_uint key_mask[KVQ_KEY_MASKS], value_mask[KVQ_VALUE_MASKS];
 key_masks(key_mask);
 value_masks(value_mask);
-const int first_tile = KVQ_GROUP_X * KVQ_WARPS + warp;
-KVQ_DEVICE const kvq_byte* key_field[KVQ_KEY_FIELDS];
-KVQ_DEVICE const kvq_byte* value_field[KVQ_VALUE_FIELDS];
-kvq_uint key_words[4][2][KVQ_KEY_WORDS], value_words[4][4][KVQ_VALUE_WORDS];
-#if KVQ_AHEAD
-key_fields(KVQ_KEY_PLANES, kvq_min(first_tile, last_tile) * 64 + row, col, key_field);
-KVQ_UNROLL
-for (int sub = 0; sub < 4; sub++) {
-  key_load(key_field, col, 16 * sub, key_words[sub][0]);
-  key_load(key_field, col, 16 * sub + 8, key_words[sub][1]);
-}
-#endif
 KVQ_NO_UNROLL
 for (int tile = first_tile; tile <= last_tile; tile += stride) {
   // Planes have room for the whole of a last, partial tile; what stands there gets no weight.
@@ -115,12 +102,8 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
       KVQ_UNROLL
       for (int step = 0; step < KVQ_PAIR_STEPS; step++) {
         const int at = ((sub * KVQ_PAIR_STEPS + step) * 32 + row * 4 + col) * 4;
-#if KVQ_SHARED_TURNS
-        const kvq_uint turn[4] = {shared_turns[at], shared_turns[at + 1], shared_turns[at + 2], shared_turns[at + 3]};
-#else
         kvq_uint turn[4];
-        kvq_load16(inner_turns + 4 * at, turn);
-#endif
+        KVQ_LOAD_TURN(at, turn);
         kvq_mma(means, turn[0], turn[1], turn[2], turn[3], mean[nt][step][0], mean[nt][step][1]);
       }
 #endif
@@ -131,7 +114,7 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
         score += kvq_fma(means[i], mean_factor[nt][i % 2], steady[nt][i % 2]);
 #endif
 #if KVQ_SOFTCAP_ON
-        score = KVQ_SOFTCAP * KVQ_LOG2E * kvq_tanh(score * (1.0f / (KVQ_SOFTCAP * KVQ_LOG2E)));
+        score = kvq_capped(score);
 #endif
 #if KVQ_MASK
         const int r = kvq_min(tile_row + 16 * sub + row + i / 2 * 8, packed - 1);

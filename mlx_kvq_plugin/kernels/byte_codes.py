@@ -111,6 +111,11 @@ def _given(layout: CodeLayout, words: int, word: int, name: str) -> list[str]:
     return [f"{name}[{i * words + word}]" for i in range(len(layout.fields))]
 
 
+def _shared_text(side: str, layout: CodeLayout, parts: int) -> str:
+    """What both sides have: loads of one of `parts` parts of rows, nibble words, lookups."""
+    return loader(side, layout, parts) + _nibbles(side, layout) + _lookups(side, layout)
+
+
 def key_bytes_text(layout: CodeLayout) -> str:
     """Functions and constants of a key codec.
 
@@ -133,9 +138,7 @@ def key_bytes_text(layout: CodeLayout) -> str:
     slot = f"quad / {halves} % {pairs} + i % 2 * {pairs}"
     assert words * pairs * halves == quads and slots == 2 * pairs
     return (
-        loader("key", layout, 4)
-        + _nibbles("key", layout)
-        + _lookups("key", layout)
+        _shared_text("key", layout, 4)
         + f"KVQ_FUNC void key_quads(KVQ_PRIVATE const kvq_uint* words, KVQ_PRIVATE kvq_uint* out) {{\n{body}}}\n"
         + "KVQ_FUNC int key_channel(int quarter, int quad, int i) {\n"
         + f"  return ({slot}) * {layout.run} + quarter * {chunk} + {byte};\n}}\n"
@@ -194,9 +197,7 @@ def value_bytes_text(layout: CodeLayout) -> str:
     byte = f"quad / {2 * bytes_ * pairs} * 4 + quad % {bytes_}"
     tokens_ = ", ".join(f"KVQ_PRIVATE const kvq_uint* {name}" for name in "abcd")
     return (
-        loader("value", layout, 8)
-        + _nibbles("value", layout)
-        + _lookups("value", layout)
+        _shared_text("value", layout, 8)
         + f"KVQ_FUNC void value_quads({tokens_}, KVQ_PRIVATE kvq_uint* out) {{\n{body}}}\n"
         + "KVQ_FUNC int value_channel(int eighth, int quad) {\n"
         + f"  return ({slot}) * {layout.run} + eighth * {chunk} + {byte};\n}}\n"

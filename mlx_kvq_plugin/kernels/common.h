@@ -28,6 +28,13 @@ KVQ_FUNC float kvq_row_sum(float x) {
   return x;
 }
 
+#if KVQ_SOFTCAP_ON
+// A score, in exponents of two, after the soft cap.
+KVQ_FUNC float kvq_capped(float score) {
+  return KVQ_SOFTCAP * KVQ_LOG2E * kvq_tanh(score * (1.0f / (KVQ_SOFTCAP * KVQ_LOG2E)));
+}
+#endif
+
 // u (u^2 + k) of both halves.
 KVQ_FUNC kvq_uint kvq_cubic(kvq_uint u, kvq_uint k) { return kvq_hmul2(kvq_hfma2(u, u, k), u); }
 

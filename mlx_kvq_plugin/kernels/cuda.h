@@ -99,7 +99,8 @@ KVQ_FUNC void kvq_store(float* p, kvq_long i, float x) { p[i] = x; }
 KVQ_FUNC void kvq_store(__half* p, kvq_long i, float x) { p[i] = __float2half(x); }
 KVQ_FUNC void kvq_store(__nv_bfloat16* p, kvq_long i, float x) { p[i] = __float2bfloat16(x); }
 
-// Loads of 1, 2, 4, 8 and 16 aligned bytes into words; narrow ones fill the low bytes.
+// Loads of 1, 2, 4, 8 and 16 aligned bytes into words; narrow ones fill the low bytes. They stay in the order of the
+// text: compilers would put a load that is meant to come early next to what needs it.
 KVQ_FUNC kvq_uint kvq_load1(const kvq_byte* p) { return *p; }
 KVQ_FUNC kvq_uint kvq_load2(const kvq_byte* p) { unsigned short x; asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(x) : "l"(p)); return x; }
 KVQ_FUNC kvq_uint kvq_load4(const kvq_byte* p) { kvq_uint x; asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(x) : "l"(p)); return x; }

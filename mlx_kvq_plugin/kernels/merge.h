@@ -74,7 +74,7 @@ for (int begin = 0; begin < tokens; begin += KVQ_DENSE_CHUNK) {
     for (int i = 0; i < KVQ_DK / 32; i++) score += query[i] * KVQ_DENSE_AT(keys, token, KVQ_DK, 32 * i + lane);
     score = kvq_warp_sum(score);
 #if KVQ_SOFTCAP_ON
-    score = KVQ_SOFTCAP * KVQ_LOG2E * kvq_tanh(score * (1.0f / (KVQ_SOFTCAP * KVQ_LOG2E)));
+    score = kvq_capped(score);
 #endif
 #if KVQ_CAUSAL
     if (column > columns - KVQ_QUERIES + n % KVQ_QUERIES) score = 4.0f * KVQ_LOWEST;
