@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from importlib import resources
+from pathlib import Path
 
 import kernel_cpu
 import metal_check
@@ -193,3 +195,47 @@ def test_a_kernel_is_known_by_all_that_it_is_made_of(monkeypatch: pytest.MonkeyP
     assert made[0]["header"].startswith("#define X 1\n")
     assert made[0]["source"].startswith(build.PROLOGUES[build.METAL] + "int z;\n")
     assert "//" not in made[0]["source"] + made[0]["header"]
+
+
+@pytest.fixture
+def kept_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache directory of its own, looked up anew."""
+    monkeypatch.setenv("KVQ_CACHE_DIR", str(tmp_path / "cache"))
+    build._folder.cache_clear()
+    yield tmp_path / "cache"
+    build._folder.cache_clear()
+
+
+def test_cuda_texts_are_files_that_two_lines_include(kept_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # MLX hashes the text that it is given at every call, and looks there for the shapes that a kernel reads.
+    made: list[dict[str, str]] = []
+    monkeypatch.setattr(build, "_maker", lambda name: lambda **arguments: made.append(arguments))
+    numbers = "int n = a_shape[0];\n"
+    for value in (True, False, True):
+        build.build("k", ["a", "b"], ["c"], KERNELS[:1], defines={"X": value}, on=build.CUDA, prologue=numbers)
+    names = [arguments["name"] for arguments in made]
+    assert names[0] == names[2] != names[1]
+    for arguments, constant in zip(made, ("#define X 1\n", "#define X 0\n", "#define X 1\n"), strict=True):
+        lines = [arguments["header"], *arguments["source"].splitlines()]
+        assert lines[2:] == ["// a_shape"]
+        header, body = (Path(re.fullmatch(r'#include "(.+)"\n?', line)[1]) for line in lines[:2])  # type: ignore[index]
+        assert header.parent == body.parent == kept_in / "kernels"
+        assert header.read_text() == constant + build.text("cuda.h")
+        assert body.read_text() == numbers + build.text(KERNELS[0])
+
+
+def test_a_damaged_text_is_written_again(kept_in: Path) -> None:
+    line = build.included("int x;\n")
+    (file,) = (kept_in / "kernels").iterdir()
+    file.write_text("int")
+    assert build.included("int x;\n") == line and file.read_text() == "int x;\n"
+
+
+def test_texts_that_cannot_be_kept_are_said_to_be_compiled_anew(
+    kept_in: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept_in.write_text("a file where the folder should be")
+    line = build.included("int x;\n")
+    assert str(kept_in) not in line and build.included("int x;\n") == line
+    (message,) = caplog.messages
+    assert "compiled anew" in message and "KVQ_CACHE_DIR" in message and "\n" not in message

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_kvq_plugin.cache import KVQCache
 from mlx_kvq_plugin.config import LayerSpec
-from mlx_kvq_plugin.growth import GPU_STEP, TILE, Growth
+from mlx_kvq_plugin.growth import GPU_STEP, GPU_STEP_PER, TILE, Growth
 from mlx_kvq_plugin.sliding import SlidingKVQCache
 
 
@@ -31,6 +31,18 @@ def test_planes_of_kernels_hold_whole_tiles_and_grow_in_steps() -> None:
         cache.settle()
     assert cache.plane_rows % GPU_STEP == 0
     assert cache.plane_rows >= cache.packed_tokens
+
+
+def test_steps_of_growth_are_a_small_part_of_long_caches() -> None:
+    growth = Growth(kernels=True)
+    for tokens in (1, 256, 257, 16_383, 16_385, 131_073, 1_000_001):
+        step = GPU_STEP * (1 + tokens // GPU_STEP_PER)
+        capacity = growth.capacity(tokens)
+        assert tokens <= capacity < tokens + step and capacity % step == 0
+        assert step - GPU_STEP <= tokens / 64  # and no copy for at least a 128th more tokens
+        assert growth.capacity(capacity) == capacity or tokens // GPU_STEP_PER != capacity // GPU_STEP_PER
+        assert step >= tokens / 128
+        assert growth.capacity(tokens, step=False) - tokens < TILE
 
 
 def test_reading_a_state_copies_no_planes() -> None:

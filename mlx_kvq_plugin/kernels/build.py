@@ -7,9 +7,12 @@ call, several microseconds of them, so there the text is a file that two lines i
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import logging
 import os
 import re
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +25,8 @@ import mlx.core as mx
 
 from ..cache_folder import default_cache_dir
 from ..errors import KernelError
+
+log = logging.getLogger("mlx_kvq_plugin")
 
 CUDA, METAL = "cuda", "metal"
 
@@ -59,13 +64,19 @@ def text(name: str) -> str:
 
 @cache
 def _folder() -> Path:
-    """Where included texts are kept: the cache directory, or one of this process where that cannot be written."""
-    folder = default_cache_dir() / "kernels"
+    """Where included texts are kept: the cache directory, or one of this process, removed at its end."""
     try:
+        folder = default_cache_dir() / "kernels"
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         folder = Path(tempfile.mkdtemp(prefix="mlx-kvq-plugin-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        log.warning(
+            "kernels are compiled anew by every process, some seconds each: their texts cannot be kept in the cache "
+            "directory (%s); set KVQ_CACHE_DIR to a folder that can be written",
+            error,
+        )
     return folder
 
 
