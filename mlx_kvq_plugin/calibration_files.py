@@ -32,7 +32,7 @@ VERSION = 1
 _METADATA = "kvq_calibration"
 _PLAIN = ("fingerprint", "model", "sinks", "recent", "sequences", "length", "corpus")  # JSON as they are
 _SNAPSHOT = re.compile(r"/models--(?P<name>[^/]+)/snapshots/(?P<revision>[^/]+)$")  # of the hub's cache
-_HUB_ERRORS = (HTTPError, OSError, ValueError)  # the first is that of the hub's HTTP library
+HUB_ERRORS = (HTTPError, OSError, ValueError)  # the first is that of the hub's HTTP library
 
 
 def save_calibration(path: str | Path, calibration: Calibration) -> None:
@@ -60,7 +60,7 @@ def save_calibration(path: str | Path, calibration: Calibration) -> None:
         os.replace(scratch, path)
     except OSError as error:
         raise CalibrationError(
-            f"a calibration must go to a folder that can be written, got {_short(error)} for {str(path)!r}; "
+            f"a calibration must go to a folder that can be written, got {short_error(error)} for {str(path)!r}; "
             "choose another path"
         ) from error
     finally:
@@ -104,12 +104,12 @@ def load_calibration(path: str | Path) -> Calibration:
         )
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError, AttributeError, OSError) as error:
         raise CalibrationError(
-            f"a calibration file must be written by kvq calibrate and complete, got {_short(error)} in {path.name}; "
-            "make it again"
+            f"a calibration file must be written by kvq calibrate and complete, got {short_error(error)} in "
+            f"{path.name}; make it again"
         ) from error
 
 
-def _short(error: BaseException) -> str:
+def short_error(error: BaseException) -> str:
     """An error's type and the first line of what it says, without its full stop."""
     first = (str(error).strip().splitlines() or [""])[0].split(". ")[0].rstrip(".:")
     return f"{type(error).__name__} ({first})" if first else type(error).__name__
@@ -144,9 +144,9 @@ def find_calibration(source: str) -> Path | None:
         return Path(huggingface_hub.hf_hub_download(source, FILE_NAME, revision=revision))
     except EntryNotFoundError:
         return None
-    except _HUB_ERRORS as error:
+    except HUB_ERRORS as error:
         raise CalibrationError(
-            f"a calibration must be a file next to the model, got {_short(error)} for {source!r}; "
+            f"a calibration must be a file next to the model, got {short_error(error)} for {source!r}; "
             "name one with calibration=FILE"
         ) from error
 
@@ -172,9 +172,9 @@ def push_calibration(
             repo_id=repository,
             commit_message=f"Calibration of {calibration.model} for mlx-kvq-plugin",
         )
-    except (*_HUB_ERRORS, RuntimeError) as error:  # its upload protocol raises the last
+    except (*HUB_ERRORS, RuntimeError) as error:  # its upload protocol raises the last
         raise CalibrationError(
-            f"the hub must accept the file, got {_short(error)} for {repository!r}; check the name and your token"
+            f"the hub must accept the file, got {short_error(error)} for {repository!r}; check the name and your token"
         ) from error
     return str(info.commit_url)
 

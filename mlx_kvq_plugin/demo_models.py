@@ -64,6 +64,8 @@ class DemoModel:
     description: str
 
 
+DEMO = "demo:"  # before the name of a demo model where models are named
+
 DEMO_MODELS: dict[str, DemoModel] = {
     "smollm2": DemoModel(
         name="smollm2",

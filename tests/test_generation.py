@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import tiny_models
 from mlx_lm.generate import generate_step
+from refusals import message_of
 from transformers import GenerationConfig
 
 import mlx_kvq_plugin as kvq
-from mlx_kvq_plugin.errors import GenerationError
 from mlx_kvq_plugin.generation.processors import warped
 
 SCHEMES = ("fp16", "identity", "tq4", "rvq1")
@@ -35,14 +35,6 @@ def new(output: mx.array, prompt: list[int], row: int = 0) -> list[int]:
     tokens = output[row].tolist()
     assert tokens[: len(prompt)] == prompt
     return tokens[len(prompt) :]
-
-
-def message_of(call: Any) -> str:
-    with pytest.raises(GenerationError) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text and "must" in text and "got" in text, text
-    return text
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import tiny_models
+from refusals import message_of
 
 import mlx_kvq_plugin as kvq
-from mlx_kvq_plugin.errors import GenerationError
 
 VOCAB = tiny_models.VOCAB
 
@@ -16,14 +16,6 @@ VOCAB = tiny_models.VOCAB
 @pytest.fixture(scope="module")
 def lm() -> kvq.CausalLM:
     return kvq.CausalLM(tiny_models.llama(), kv_scheme="tq4")
-
-
-def message_of(call: Any) -> str:
-    with pytest.raises(GenerationError) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text and "must" in text and "got" in text, text
-    return text
 
 
 @pytest.mark.parametrize("ids", [[VOCAB], [5, VOCAB, 6], [[1, 2], [3, 5000]]])

@@ -15,10 +15,11 @@ import mlx_lm
 import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
+from refusals import message_of
 from transformers import AutoTokenizer, GenerationConfig, TextIteratorStreamer, TextStreamer
 
 import mlx_kvq_plugin as kvq
-from mlx_kvq_plugin.errors import GenerationError
+from mlx_kvq_plugin.errors import DemoModelError, GenerationError
 
 PROMPT = "The lighthouse keeper wrote in her journal that the"
 
@@ -208,6 +209,19 @@ def test_loading_that_cannot_work_says_so(folder) -> None:
         kvq.AutoModelForCausalLM.from_pretrained(folder, kv_scheme="tq9")
     with pytest.raises(GenerationError, match="dtype must be one of"):
         kvq.AutoModelForCausalLM.from_pretrained(folder, dtype="float8")
+
+
+def test_models_that_cannot_be_found_are_refused_in_one_sentence(monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionError("Name or service not known\nAn error happened")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    said = message_of(lambda: kvq.AutoModelForCausalLM.from_pretrained("nobody/nothing"))
+    assert "'nobody/nothing'" in said and "Name or service not known" in said and "demo:smollm2" in said
+    monkeypatch.undo()
+    assert "'/no/such/model'" in message_of(lambda: kvq.AutoModelForCausalLM.from_pretrained("/no/such/model"))
+    with pytest.raises(DemoModelError, match="smollm2, gemma3, but got 'gpt'"):
+        kvq.AutoModelForCausalLM.from_pretrained("demo:gpt")
 
 
 # ---- pipeline -----------------------------------------------------------------------------------------------------

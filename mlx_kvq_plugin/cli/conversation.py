@@ -17,6 +17,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
+from ..generation.inputs import encode_text
 from ..loading import compress, compression_of, make_prompt_cache
 from ..prompt_cache import PromptCacheInfo, load_prompt_cache, read_prompt_cache_info, save_prompt_cache
 from ..schemes import format_scheme, parse_scheme
@@ -99,9 +100,9 @@ def _hear(conversation: Conversation, text: str) -> None:
 
 def _plain_tokens(conversation: Conversation, text: str) -> list[int]:
     tokenizer = conversation.loaded.tokenizer
-    begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    special = not conversation.token_ids and not begins
-    return conversation.token_ids + list(tokenizer.encode(text, add_special_tokens=special))
+    if not conversation.token_ids:
+        return encode_text(tokenizer, text)
+    return conversation.token_ids + list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def _align(conversation: Conversation, ids: list[int]) -> list[int]:

@@ -12,10 +12,9 @@ import mlx.core as mx
 import mlx_lm
 from mlx.utils import tree_flatten
 
-from ..demo_models import DEMO_MODELS, demo_model_path
+from ..demo_models import DEMO, DEMO_MODELS, demo_model_path
 from .arguments import UsageError, add_command, note, one_line
 
-DEMO = "demo:"
 DEFAULT_MODEL = "demo:smollm2"
 
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..demo_models import DEMO
 from ..hook import LoadHook, compressed_loading
 from .arguments import DEFAULT_SCHEME, UsageError, add_arch_option, add_command, add_weight_options
-from .models import DEMO, resolve_model
+from .models import resolve_model
 
 TOOLS = ("benchmark", "cache_prompt", "chat", "evaluate", "generate")
 

@@ -8,13 +8,12 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 
+from ..calibration_files import HUB_ERRORS, short_error
 from ..config import KVQConfig
-from ..demo_models import DEMO_MODELS, demo_model_path
+from ..demo_models import DEMO, DEMO_MODELS, demo_model_path
 from ..errors import GenerationError
 from ..schemes import parse_scheme
 from .model import CausalLM
-
-_DEMO = "demo:"
 
 
 class AutoModelForCausalLM:
@@ -49,7 +48,8 @@ class AutoModelForCausalLM:
             **arguments: of `mlx_lm.load` (`tokenizer_config`, `adapter_path`, `lazy`, `trust_remote_code`, ...).
 
         Raises:
-            As `mlx_lm.load` and `kvq.compress`; GenerationError for an unknown dtype.
+            As `mlx_lm.load` and `kvq.compress`; DemoModelError for an unknown demo model; GenerationError for an
+            unknown dtype, and for a name that is neither a folder nor a repository that can be downloaded.
         """
         config = parse_scheme(kv_scheme)  # what is wrong fails before the weights are read
         cast = None if dtype is None else _dtype(dtype)
@@ -70,14 +70,21 @@ class AutoModelForCausalLM:
 
 def _folder(source: str, revision: str | None) -> Path:
     """Where a model's files are; downloads those that mlx-lm would."""
-    if source.startswith(_DEMO) and source.removeprefix(_DEMO) in DEMO_MODELS:
-        return demo_model_path(source.removeprefix(_DEMO))
+    if source.startswith(DEMO):
+        return demo_model_path(source.removeprefix(DEMO))
     if Path(source).exists():
         return Path(source)
     from huggingface_hub import snapshot_download
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
-    return Path(snapshot_download(source, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS))
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS))
+    except HUB_ERRORS as error:
+        demos = " or ".join(DEMO + name for name in DEMO_MODELS)
+        raise GenerationError(
+            f"a model must be a folder, a repository that the hub gives out, or {demos}, "
+            f"got {source!r} and {short_error(error)}; check the name"
+        ) from error
 
 
 def _dtype(dtype: str | mx.Dtype) -> mx.Dtype:

@@ -13,6 +13,12 @@ from ..serving_report import model_fact
 from .config import Settings
 
 
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text as `mlx_lm.generate` makes them: special tokens are added where the text has none."""
+    starts = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return list(tokenizer.encode(text, add_special_tokens=not starts))
+
+
 def read_ids(input_ids: Any) -> np.ndarray:
     """Token ids as int64 `(B, T)` from lists, NumPy or MLX arrays of one or two dimensions.
 

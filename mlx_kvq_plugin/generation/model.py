@@ -21,7 +21,7 @@ from .config import PREFILL_CHUNK, Settings, end_tokens, merged, read_settings, 
 from .decoding import Row
 from .endings import Ending
 from .fields import FIELDS, shown
-from .inputs import check_callables, check_seed, check_vocabulary, read_prompts
+from .inputs import check_callables, check_seed, check_vocabulary, encode_text, read_prompts
 from .processors import make_processors
 from .prompts import PromptCache
 
@@ -91,9 +91,7 @@ class CausalLM:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text as `mlx_lm.generate` makes them: special tokens are added where the text has none."""
-        tokenizer = self._tokenizer()
-        starts = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        return list(tokenizer.encode(text, add_special_tokens=not starts))
+        return encode_text(self._tokenizer(), text)
 
     def prefill(self, prompt: str | Any) -> PromptCache:
         """Read a prompt into a new `PromptCache`, to be continued with `generate(..., past_key_values=)`.
