@@ -13,7 +13,8 @@ from .lanes import why_not_lanes
 NO_GPU = "MLX's default device is no GPU"
 CONDITIONS = (
     f"Fused kernels take steps of at most {MAX_QUERIES} new tokens and {MAX_ROWS} query rows (new tokens times query\n"
-    "heads) of a KV head. Longer calls, and calls before anything is packed, run MLX's own attention."
+    "heads) of a KV head. Longer calls, and calls before anything is packed, run MLX's own attention.\n"
+    "Kernels of more than 4 query rows, 128 channels or 3 bits have at most 2 groups a core."
 )
 
 
