@@ -18,6 +18,11 @@ void kvq_host_warp_barrier(int line);
 kvq_host_word kvq_host_shuffle(kvq_host_word x, int lane, int line);
 kvq_host_word kvq_host_ballot(bool x, int line);
 
+// What the running thread has stored and loads later, for other groups and from them; and how many groups have come to a
+// counter before. After both and the barriers around them a group may load what those groups have stored.
+void kvq_host_fence();
+kvq_host_word kvq_host_arrive(const kvq_host_word* counter);
+
 // c += a b as preludes define `kvq_mma`, 16 x 8 += 16 x 16 by 16 x 8; with `metal`, lanes hold what those of Metal hold.
 void kvq_host_mma(float* c, const kvq_host_word* a, const kvq_host_word* b, bool metal, int line);
 // c += a b as preludes define `kvq_mma_bytes`, 16 x 8 += 16 x 32 by 32 x 8.

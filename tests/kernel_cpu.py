@@ -323,8 +323,8 @@ BACKENDS: dict[str, dict[str, Any]] = {
 def register_backends() -> None:
     """Add the backends of this module to `build`."""
     for name, options in BACKENDS.items():
-        byte_products = "metal" not in name
-        build.register_backend(name, partial(cpu_kernel, **options), options.get("prelude", "cpu"), byte_products)
+        like = build.METAL if "metal" in name else build.CUDA
+        build.register_backend(name, partial(cpu_kernel, **options), options.get("prelude", "cpu"), like)
 
 
 def why_not() -> str:
