@@ -143,7 +143,7 @@ def fused(config: Config, args: AttendArgs, on: str, groups: int = 8, rows: Sequ
     """The kernels' output, of the one cache of `args` or of the rows of a batch."""
     caches, call, mask, codecs = prepared_call(rows or [args.cache], len(rows), args, args.mask)
     launch = Launch(warps=config.warps, groups=groups)
-    return _plan(call, codecs, launch, on)(caches, mx.contiguous(args.queries), mask, args.sinks)
+    return _plan(call, codecs, launch, on)(caches, args.queries, mask, args.sinks)
 
 
 def twin(args: AttendArgs) -> mx.array:

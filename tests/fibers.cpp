@@ -49,6 +49,7 @@ struct Array {
   char* data;
   long bytes;
   std::vector<int> shape;
+  std::vector<int64_t> strides;
 };
 
 struct Shared {
@@ -62,6 +63,7 @@ std::vector<Exchange> exchanges;
 std::vector<Array> arrays;
 std::vector<void*> pointers;
 std::vector<const int*> shapes;
+std::vector<const int64_t*> strides;
 std::vector<Shared> shared;
 long shared_bytes;
 int inputs, current = -1, threads, group[3], order;
@@ -126,7 +128,7 @@ void to_scheduler(bool ends) {
 
 void run_thread() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
-  kvq_host_kernel(pointers.data(), shapes.data());
+  kvq_host_kernel(pointers.data(), shapes.data(), strides.data());
   fibers[current].place = ended;
   to_scheduler(true);
 }
@@ -368,7 +370,7 @@ void kvq_host_shared(void* array, long bytes, const char* name) {
 }
 
 // Integers, all of 64 bits: inputs, outputs, threads of a group, groups along x, y, z; then orders, and each order and
-// its seed; then of each array its bytes, dimensions and shape; then the bytes of the inputs.
+// its seed; then of each array its bytes, dimensions, shape and strides; then the bytes of the inputs.
 int main() {
 #ifndef KVQ_RACES
   __asan_set_error_report_callback([](const char*) { explain(); });
@@ -386,9 +388,12 @@ int main() {
     array.bytes = read_integer();
     array.shape.resize(read_integer());
     for (int& n : array.shape) n = (int)read_integer();
+    array.strides.resize(array.shape.size());
+    for (int64_t& n : array.strides) n = read_integer();
     array.data = allocate(array.bytes);
     pointers.push_back(array.data);
     shapes.push_back(array.shape.data());
+    strides.push_back(array.strides.data());
   }
   std::vector<std::vector<char>> given(inputs), first(count);
   for (int i = 0; i < inputs; i++) {

@@ -5,6 +5,8 @@
 // called, for the report and because two calls in two branches are not the same call.
 #pragma once
 
+#include <stdint.h>
+
 typedef unsigned int kvq_host_word;
 
 // Prints a report that names the running thread and ends the process.
@@ -50,4 +52,4 @@ static inline int kvq_host_metal_lane(int row, int col) {
 
 // Of the generated text: what the arrays are called, how many are read, and the kernel of one thread.
 extern const char* const kvq_host_names[];
-void kvq_host_kernel(void* const* arrays, const int* const* shapes);
+void kvq_host_kernel(void* const* arrays, const int* const* shapes, const int64_t* const* strides);

@@ -177,7 +177,7 @@ ARRIVALS = {
     f"KVQ_FENCE(); KVQ_BARRIER(); {ARRIVAL} KVQ_BARRIER(); KVQ_FENCE();": "",
     f"KVQ_BARRIER(); {ARRIVAL} KVQ_BARRIER(); KVQ_FENCE();": "a fence must follow what thread 0 has written to outputs",
     f"KVQ_FENCE(); {ARRIVAL} KVQ_BARRIER(); KVQ_FENCE();": "a barrier must stand between what thread 1 writes",
-    f"KVQ_FENCE(); {ARRIVAL.replace('== 0', '== 63')} KVQ_BARRIER(); KVQ_FENCE();": "between the fence of thread 0 and the",
+    f"KVQ_FENCE(); {ARRIVAL.replace('== 0', '== 63')} KVQ_BARRIER(); KVQ_FENCE();": "the fence of thread 0 and the",
     f"KVQ_FENCE(); KVQ_BARRIER(); {ARRIVAL} KVQ_FENCE(); KVQ_BARRIER();": "must be touched by one thread only",
     f"KVQ_FENCE(); KVQ_BARRIER(); {ARRIVAL} KVQ_BARRIER();": "must be touched by one thread only",
     f"KVQ_FENCE(); KVQ_BARRIER(); {ARRIVAL.replace('(n)', '(n + KVQ_GROUP_X)')} KVQ_BARRIER(); KVQ_FENCE();": (

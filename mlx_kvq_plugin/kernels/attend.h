@@ -35,6 +35,12 @@ KVQ_SHARED_ARRAY(float, shared_steps, 16 * KVQ_PAIR_STEPS);
 KVQ_SHARED_ARRAY(kvq_uint, shared_operands, KVQ_WARPS * KVQ_NT * 16 * KVQ_OPERANDS);
 #endif
 
+// Channel c of query row n of the KV head.
+#define KVQ_QUERY(n, c) \
+  kvq_to_float(queries[batch * queries_strides[0] + \
+                       (head * (KVQ_ROWS / KVQ_QUERIES) + (n) / KVQ_QUERIES) * queries_strides[1] + \
+                       (n) % KVQ_QUERIES * queries_strides[2] + (c) * queries_strides[3]])
+
 // Four words of the table of turns, a lane's part of a left operand.
 #if KVQ_SHARED_TURNS
 #define KVQ_LOAD_TURN(at, turn) \

@@ -314,7 +314,7 @@ class FusedPlan:
 
         Args:
             caches: the one cache, or the caches of the rows of a batch; their planes have room for whole tiles.
-            queries: contiguous.
+            queries: with any strides.
             mask: `(batches, heads, L or 1, T)`, contiguous, bool or float32, or `None`.
             sinks: logits `(Hq,)`.
             pending: newer dense tokens of the rows of a batch: how many, and keys and values

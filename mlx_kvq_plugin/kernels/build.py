@@ -157,9 +157,10 @@ def build(
     make, prelude = _custom[where] if where in _custom else (_maker(where), where)
     header = constants + text(f"{prelude}.h") + "".join(map(text, functions)) + extra
     source = PROLOGUES.get(prelude, "") + prologue + "".join(map(text, body))
-    if where == CUDA:  # MLX looks for the names of shapes in the text that it is given
-        shapes = "".join(f"// {name}_shape\n" for name in inputs if f"{name}_shape" in source)
-        header, source = included(header), included(source) + shapes
+    if where == CUDA:  # MLX looks for the names of shapes and strides in the text that it is given
+        asked = [f"{name}_{what}" for name in inputs for what in ("shape", "strides")]
+        named = "".join(f"// {name}\n" for name in asked if name in source)
+        header, source = included(header), included(source) + named
     digest = hashlib.sha256("\n".join([header, source, *inputs, *outputs]).encode()).hexdigest()[:16]
     return make(
         name=f"kvq_{name}_{digest}",

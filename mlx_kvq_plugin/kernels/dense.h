@@ -18,7 +18,7 @@ if (KVQ_GROUP_X == 0) {
   const int lane = KVQ_LANE, warp = KVQ_WARP, rows = kvq_min(KVQ_COLUMNS, KVQ_ROWS - first_row);
   const kvq_long query_row = (kvq_long)(batch * KVQ_HEADS + head) * KVQ_ROWS + first_row;
   for (int i = KVQ_THREAD; i < rows * KVQ_DK; i += 32 * KVQ_WARPS)
-    shared_rows[i] = kvq_to_float(queries[query_row * KVQ_DK + i]) * (KVQ_SCALE * KVQ_LOG2E);
+    shared_rows[i] = KVQ_QUERY(first_row + i / KVQ_DK, i % KVQ_DK) * (KVQ_SCALE * KVQ_LOG2E);
   KVQ_BARRIER();
 
   float peak[KVQ_ROWS_OF_WARP], total[KVQ_ROWS_OF_WARP], sums[KVQ_ROWS_OF_WARP][KVQ_DV / 32];
