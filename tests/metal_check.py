@@ -138,7 +138,7 @@ def _recursive(text: str) -> list[str]:
 def signature(
     names: Sequence[str], dtypes: Sequence[mx.Dtype], shapes: Sequence[Sequence[int]], inputs: int, source: str
 ) -> str:
-    """Parameters as MLX writes them: small inputs lie in constant memory, shapes and strides are there if they occur."""
+    """Parameters as MLX writes them: small inputs lie in constant memory, shapes and strides come if they occur."""
     parameters = []
     for i, (name, dtype, shape) in enumerate(zip(names, dtypes, shapes, strict=True)):
         size = 1
