@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -132,8 +133,7 @@ def attention_errors(
 def _by_position(squared: Array, bins: int) -> tuple[Ranged, ...]:
     edges = np.unique(np.linspace(0, len(squared), bins + 1).astype(int))
     return tuple(
-        Ranged(int(first), int(last) - 1, float(np.sqrt(squared[first:last].mean())))
-        for first, last in zip(edges[:-1], edges[1:], strict=True)
+        Ranged(int(first), int(last) - 1, float(np.sqrt(squared[first:last].mean()))) for first, last in pairwise(edges)
     )
 
 

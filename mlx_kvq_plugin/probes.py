@@ -54,9 +54,9 @@ class KeyNorms:
         mean_share: energy of the mean key over the mean energy of the keys, with the rotary turn taken back, from 0
             (nothing in common) to 1 (all equal). Without the first tokens, as in the frame's own statistics.
         framed_mean_share: the same of what is encoded, after the key frame; `None` without a frame.
-        channel_peak: energy of the strongest channel over that of the average one, of the keys as the model makes them.
-        framed_channel_peak: the same of what is encoded, after the key frame and before the codec's own rotation; `None`
-            without a frame.
+        channel_peak: energy of the strongest channel over that of the average one, of the keys that are held.
+        framed_channel_peak: the same of what is encoded, after the key frame, before the codec's own rotation; `None` without
+            a frame.
     """
 
     index: int
@@ -258,7 +258,9 @@ def recorded_queries(caches: Sequence[Any]) -> Iterator[dict[int, mx.array]]:
     """
     found: dict[int, mx.array] = {}
     parts: dict[int, list[mx.array]] = {}
-    watched = [(index, cache) for index, entry in enumerate(caches) for cache in [own_cache(entry)] if cache is not None]
+    watched = [
+        (index, cache) for index, entry in enumerate(caches) for cache in [own_cache(entry)] if cache is not None
+    ]
 
     def watch(index: int, cache: KVQCache) -> None:
         observe = cache.observe_queries
