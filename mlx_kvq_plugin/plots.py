@@ -15,6 +15,7 @@ from .results import SchemeResult, pareto_front
 OURS, THEIRS, FRONT, LEADER = "#1f5fa8", "#c2571a", "#444444", "#888888"
 MAJOR, MINOR = "#dddddd", "#eeeeee"  # grids
 LABEL_SIZE, MARK_SIZE = 7.5, 4.7  # points
+WIDE = 8  # inches: narrower figures have their legend above
 DISTANCES = (5, 11, 18, 27, 38, 52, 70)  # points from a mark to its label; farther ones get a line
 DIRECTIONS = tuple((math.cos(a * math.pi / 8), math.sin(a * math.pi / 8)) for a in (1, 15, 7, 9, 3, 13, 5, 11, 4, 12))
 
@@ -76,13 +77,16 @@ def frontier_figure(rows: Sequence[SchemeResult], title: str, size: tuple[float,
     low, high = min(heights.values()), max(heights.values())
     axes.set_ylim(low / 2.5, high * 2.5)
     axes.margins(x=0.08)
-    axes.set_xlabel("bits per element of packed keys and values, everything stored with them counted")
-    axes.set_ylabel("mean KL(mlx-lm's fp16 cache || scheme), nats a token")
+    axes.set_xlabel("bits per element of packed keys and values, all-in")
+    axes.set_ylabel("mean KL to the fp16 cache, nats a token")
     axes.set_title(title, fontsize=10, parse_math=False)
     axes.grid(True, which="major", color=MAJOR, linewidth=0.6)
     axes.grid(True, which="minor", color=MINOR, linewidth=0.4)
     axes.set_axisbelow(True)
-    axes.legend(loc="upper right", fontsize=8)
+    if size[0] < WIDE:
+        figure.legend(loc="outside upper left", fontsize=8)
+    else:
+        axes.legend(loc="upper right", fontsize=8)
     exact = [row.scheme for row, kl in measured if kl == 0]
     if exact:
         axes.annotate("KL 0: " + ", ".join(exact), (0.01, 0.01), xycoords="axes fraction", fontsize=LABEL_SIZE)
@@ -101,7 +105,8 @@ def _place_labels(
     marks = [axes.transData.transform((row.bits, kl)) for row, kl in drawn]
     half = MARK_SIZE / 2 * scale + 1
     taken = [(x - half, y - half, x + half, y + half) for x, y in marks]
-    taken.append(axes.get_legend().get_window_extent(renderer).extents)
+    if axes.get_legend() is not None:
+        taken.append(axes.get_legend().get_window_extent(renderer).extents)
     for (x, y), (next_x, next_y) in pairwise(axes.transData.transform(line)):
         places = _points((x, y), (next_x, next_y), 4 * scale)
         taken += [(px - scale, py - scale, px + scale, py + scale) for px, py in places]
@@ -238,13 +243,14 @@ def bits_figure(
         figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
         panels = figure.subplots(len(bits), 1, squeeze=False, height_ratios=list(rows.values()))[:, 0]
     FigureCanvasAgg(figure)
+    written = not upright or 0.2 * sum(rows.values()) <= width  # narrower cells have no room for their numbers
     for axes, (side, layers) in zip(panels, bits.items(), strict=True):
         heads = range(rows[side])
         cells = [[row[h] if h < len(row) else math.nan for row in layers.values()] for h in heads]
         mesh = axes.pcolormesh(list(zip(*cells, strict=True)) if upright else cells, cmap="viridis", norm=norm)
         for h, row in enumerate(cells):
             for i, b in enumerate(row):
-                if not math.isnan(b):
+                if written and not math.isnan(b):
                     place = (h + 0.5, i + 0.5) if upright else (i + 0.5, h + 0.5)
                     color = "white" if norm(b) < 0.6 else "black"
                     axes.text(*place, f"{b:g}", ha="center", va="center", fontsize=7, color=color)
@@ -259,6 +265,8 @@ def bits_figure(
         along.set_label_text("cache entry (layer)" if axes is panels[0 if upright else -1] else "")
     if title:
         figure.suptitle(title, fontsize=10, parse_math=False)
+    if upright and written:
+        return figure
     bar = figure.colorbar(mesh, ax=panels, label="bits per element" if upright else "bits", ticks=numbers)
     bar.minorticks_off()
     bar.ax.set_yticklabels([f"{b:g}" for b in numbers], fontsize=7)

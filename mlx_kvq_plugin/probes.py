@@ -55,8 +55,8 @@ class KeyNorms:
             (nothing in common) to 1 (all equal). Without the first tokens, as in the frame's own statistics.
         framed_mean_share: the same of what is encoded, after the key frame; `None` without a frame.
         channel_peak: energy of the strongest channel over that of the average one, of the keys that are held.
-        framed_channel_peak: the same of what is encoded, after the key frame, before the codec's own rotation; `None` without
-            a frame.
+        framed_channel_peak: the same of what is encoded, after the key frame, before the codec's own rotation; `None`
+            without a frame.
     """
 
     index: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -24,7 +25,8 @@ def within(progress: Progress, stage: str) -> Progress:
 def new_bars(console: Console, show: bool, *, transient: bool = False) -> Bars:
     """An empty display of `rich` with the columns that all bars of this package have."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    return Bars(*columns, console=console, disable=not show, transient=transient)
+    shared = sys.stdout is not None and sys.stdout.isatty()  # else what is printed would go to the console, not there
+    return Bars(*columns, console=console, disable=not show, transient=transient, redirect_stdout=shared)
 
 
 def shows_bars(console: Console) -> bool:

@@ -6,7 +6,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from .arguments import (
     output_file,
     positive,
 )
-from .evaluate import cache_dtype, read_texts
+from .evaluate import cache_dtype, now, read_texts
 from .models import LoadedModel, load_model, resolve_model
 from .plan import token_count
 
@@ -138,7 +137,7 @@ def _facts(options: argparse.Namespace) -> PageFacts:
             "measured_file": options.frontier or "",
             "calibration": "" if calibration is None else str(calibration),
             "command": options.command_line,
-            "made": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "made": now(),
         }
         return gather(loaded.model, _request(options, loaded, schemes, texts, tokens), about, measurement, progress)
 
@@ -160,8 +159,8 @@ def add_commands(commands: Any) -> None:
         "report",
         _run,
         "Write one HTML page on a model's cache. It shows the memory over context, quality against bits, bits of "
-        "layers and heads, norms and errors of keys and values, and the error of attention by position, measured on the "
-        "model now. The page loads nothing from elsewhere. Takes matplotlib.",
+        "layers and heads, norms and errors of keys and values, and the error of attention by position, all measured "
+        "now. The page loads nothing from elsewhere. Takes matplotlib.",
         "  kvq report demo:smollm2\n"
         "  kvq report demo:smollm2 --quick --kv-scheme tq4 --out smollm2.html\n"
         "  kvq report ./model --calibration kvq_calibration.safetensors --kv-scheme tq@3 --kv-scheme tq3\n"

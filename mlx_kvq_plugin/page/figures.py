@@ -14,7 +14,7 @@ from ..probes import Distortion, KeyNorms
 from ..results import SchemeResult
 from .facts import LayerBits, PageFacts
 
-WIDTH = 5.2  # inches: on a phone a picture shrinks to two thirds, and its texts stay readable
+WIDTH = 4.6  # inches: on a phone a picture shrinks to two thirds, and its texts stay readable
 MANY = 14  # schemes: a frontier of more gets a larger picture
 INK = "#010203"
 SERIES = ("#1f5fa8", "#c2571a", "#2f7d4f", "#7a4fa3", "#a3303f", "#5f6b1f")
@@ -54,7 +54,7 @@ def inline_svg(figure: Any, name: str, text: str) -> str:
         svg = svg.replace(color, theme)
     width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0]
     head = f'<svg class="plot" role="img" aria-label="{_attribute(text)}" viewBox="0 0 {width} {height}"'
-    head += f' style="max-width: {float(width) * 1.6:.0f}px"'
+    head += f' style="max-width: {float(width) * 2:.0f}px"'
     return re.sub(
         r"^<svg[^>]*>", head + ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">', svg
     )
@@ -86,7 +86,6 @@ def page_style() -> Any:
             "axes.spines.right": False,
             "legend.frameon": False,
             "svg.hashsalt": "kvq",
-            "text.parse_math": False,
         }
     ):
         yield
@@ -121,8 +120,9 @@ def memory_figure(facts: PageFacts) -> Any:
         nbytes = [part.plan.nbytes(n) for n in steps]
         axes.plot(steps, nbytes, color=color, marker=marker, markersize=4, linewidth=1.4, label=part.scheme)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
+    axes.set_yscale("log")
     axes.set_xticks(steps, [_count(n) for n in steps])
+    axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
     axes.yaxis.set_major_formatter(size_text)
     axes.minorticks_off()
     axes.set_xlabel("tokens of one sequence")

@@ -146,7 +146,12 @@ def _quality_table(facts: PageFacts) -> Table:
     ]
     head = ["scheme", "bits", "smaller", "KL mean", "KL p99", "same top-1", "perplexity (fp16)"]
     marked = [i for i, (row, _) in enumerate(rows) if row.scheme in front]
-    return Table("Quality by scheme; bold: nothing has fewer bits and a lower mean KL", head, cells, marked)
+    tokens = facts.measurement.prefill + facts.measurement.steps
+    caption = (
+        "Quality by scheme; bold: nothing has fewer bits and a lower mean KL; smaller: fp16 over bytes held at these "
+        f"{tokens} tokens, in a 16-bit model"
+    )
+    return Table(caption, head, cells, marked)
 
 
 # ---- bits ------------------------------------------------------------------------------------------------------------
