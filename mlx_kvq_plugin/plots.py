@@ -253,7 +253,7 @@ def bits_figure(
                 if written and not math.isnan(b):
                     place = (h + 0.5, i + 0.5) if upright else (i + 0.5, h + 0.5)
                     color = "white" if norm(b) < 0.6 else "black"
-                    axes.text(*place, f"{b:g}", ha="center", va="center", fontsize=7, color=color)
+                    axes.text(*place, f"{round(b, 2):g}", ha="center", va="center", fontsize=7, color=color)
         along, across = (axes.yaxis, axes.xaxis) if upright else (axes.xaxis, axes.yaxis)
         along.set_ticks([i + 0.5 for i in range(len(layers))], [str(layer) for layer in layers], fontsize=7)
         across.set_ticks([h + 0.5 for h in heads], [str(h) for h in heads], fontsize=7)
@@ -269,5 +269,5 @@ def bits_figure(
         return figure
     bar = figure.colorbar(mesh, ax=panels, label="bits per element" if upright else "bits", ticks=numbers)
     bar.minorticks_off()
-    bar.ax.set_yticklabels([f"{b:g}" for b in numbers], fontsize=7)
+    bar.ax.set_yticklabels([f"{round(b, 2):g}" for b in numbers], fontsize=7)
     return figure

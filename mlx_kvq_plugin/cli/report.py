@@ -65,6 +65,12 @@ def _calibration(options: argparse.Namespace) -> Path | None:
     return Path(options.calibration)
 
 
+def _used(schemes: Sequence[str], found: Path | None) -> str:
+    """The calibrations of the schemes with average bits."""
+    configs = [config for config in map(parse_scheme, schemes) if any(config.budgets)]
+    return ", ".join(dict.fromkeys(config.calibration or str(found or "") for config in configs))
+
+
 def _contexts(asked: Sequence[int] | None, positions: int | None) -> list[int]:
     """Ascending; by default powers of two up to the model's positions, at least three."""
     if asked:
@@ -135,7 +141,7 @@ def _facts(options: argparse.Namespace) -> PageFacts:
             "dtype": cache_dtype(loaded.model),
             "itemsize": model_dtype(loaded.config).size,
             "measured_file": options.frontier or "",
-            "calibration": "" if calibration is None else str(calibration),
+            "calibration": _used(schemes, calibration),
             "command": options.command_line,
             "made": now(),
         }

@@ -154,7 +154,7 @@ def gather(
         progress: called with the stage and the scheme, and how much of it is done.
 
     Raises:
-        KVQError: for texts that are too short, and as `compress`; a head size that a codec cannot do is the `error` of
+        KVQError: for texts that are too short, and as `compress`, and for a model without keys and values; a head size that a codec cannot do is the `error` of
             its part.
     """
     seconds: dict[str, float] = {}
@@ -168,6 +168,8 @@ def gather(
     with stage(MEMORY) as tell:
         tell("", 0, 1)
         stock = _planned(model, FP16, request, about["itemsize"]).plan
+        if not any(map(_has_keys, stock.layers)):
+            raise UnsupportedModelError("a model must have layers with keys and values to report on, got none")
         parts = [_planned(model, scheme, request, about["itemsize"]) for scheme in request.schemes]
     if measurement is None:
         with stage(QUALITY) as tell:
@@ -240,9 +242,3 @@ def _measured(model: Any, request: Request, about: Mapping[str, Any], progress: 
         command=about["command"],
         measured=about["made"],
     )
-
-
-def require_attention(plan: SchemePlan) -> None:
-    """Raise `UnsupportedModelError` for a model without keys and values: a page would have nothing to show."""
-    if not any(_has_keys(layer) for layer in plan.layers):
-        raise UnsupportedModelError("a model must have layers with keys and values to report on, got none")

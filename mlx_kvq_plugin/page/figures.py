@@ -128,8 +128,13 @@ def memory_figure(facts: PageFacts) -> Any:
     axes.set_xlabel("tokens of one sequence")
     axes.set_ylabel("bytes of its cache")
     axes.grid(True)
-    axes.legend()
+    _legend_above(figure, axes)
     return figure
+
+
+def _legend_above(figure: Any, axes: Any) -> None:
+    """One legend for all panels, where it covers no line."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3)
 
 
 def _series(i: int) -> tuple[str, str]:
@@ -162,14 +167,15 @@ def norms_figure(norms: Sequence[KeyNorms]) -> Any:
     _line(top, layers, [mean(row.mean) for row in norms], 0, "mean")
     _line(top, layers, [max(row.largest) for row in norms], 1, "largest")
     top.set_title("norm of a key")
-    _line(bottom, layers, [max(row.channel_peak) for row in norms], 0, "as the model makes them")
+    _line(bottom, layers, [max(row.channel_peak) for row in norms], 0, "of the keys")
     framed = [(row.index, max(row.framed_channel_peak)) for row in norms if row.framed_channel_peak is not None]
     if framed:
         _line(bottom, [x for x, _ in framed], [y for _, y in framed], 1, "in the key frame")
     bottom.set_title("energy of the strongest channel of keys ÷ average")
     _by_layer((top, bottom), zero=True)
     for axes in (top, bottom):
-        axes.legend(ncols=2)
+        axes.set_ylim(top=1.28 * axes.get_ylim()[1])
+        axes.legend(ncols=2, loc="upper right")
     return figure
 
 
@@ -187,7 +193,7 @@ def errors_figure(found: Mapping[int, tuple[str, Sequence[Distortion]]]) -> Any:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     _by_layer(panels, zero=False)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
+    _legend_above(figure, panels[0])
     return figure
 
 
@@ -234,5 +240,5 @@ def attention_figure(found: Mapping[int, AttentionErrors]) -> Any:
     for axes in (top, bottom):
         axes.set_ylim(bottom=0)
         axes.grid(True)
-    top.legend(ncols=2)
+    _legend_above(figure, top)
     return figure

@@ -168,27 +168,27 @@ class Block:
 
 
 def _bits_block(number: int, part: Part) -> Block:
-    kept = [layer for layer in part.bits if all(b == 16 for b in (*layer.keys, *layer.values))]
-    text = f"{len(part.bits) - len(kept)} of {len(part.bits)} layers with keys and values are packed."
+    packed = sum(layer.spec is not None for layer in part.plan.layers)
+    text = f"{packed} of {len(part.bits)} layers with keys and values are packed."
     text += "".join(f" Left to mlx-lm: {reason}." for reason in part.left if reason)
     figure = figures.head_bits_figure(part.bits)
     if figure is None:
-        only = part.bits[0].keys[0]
-        return Block(part.scheme, f"{text} Every KV head has {only:g} bits per element, keys and values.", None, None)
+        text += f" Every KV head has {_bits(part.bits[0].keys)[0]} bits per element, keys and values."
+        return Block(part.scheme, text, None, None)
     caption = f"Bits per element of every KV head by layer, {part.scheme}: {_spread(part.bits)}."
-    rows = [
-        [str(layer.index), " ".join(f"{b:g}" for b in layer.keys), " ".join(f"{b:g}" for b in layer.values)]
-        for layer in part.bits
-    ]
+    rows = [[str(layer.index), " ".join(_bits(layer.keys)), " ".join(_bits(layer.values))] for layer in part.bits]
     table = Table("Bits of each KV head", ["layer", "keys", "values"], rows)
     return Block(part.scheme, text, _picture(figure, f"bits{number}", caption), table)
+
+
+def _bits(heads: Sequence[float]) -> list[str]:
+    return [f"{round(b, 2):g}" for b in heads]
 
 
 def _spread(bits: Sequence[LayerBits]) -> str:
     ends = []
     for side, heads in (("keys", [layer.keys for layer in bits]), ("values", [layer.values for layer in bits])):
-        flat = [b for own in heads for b in own]
-        ends.append(f"{side} {min(flat):g} to {max(flat):g}")
+        ends.append(f"{side} {' to '.join(_bits((min(map(min, heads)), max(map(max, heads)))))}")
     return ", ".join(ends)
 
 
