@@ -16,7 +16,7 @@ OURS, THEIRS, FRONT, LEADER = "#1f5fa8", "#c2571a", "#444444", "#888888"
 MAJOR, MINOR = "#dddddd", "#eeeeee"  # grids
 LABEL_SIZE, MARK_SIZE = 7.5, 4.7  # points
 WIDE = 8  # inches: narrower figures have their legend above
-DISTANCES = (5, 11, 18, 27, 38, 52, 70)  # points from a mark to its label; farther ones get a line
+DISTANCES = (5, 11, 18, 27, 38, 52, 70, 92, 118)  # points from a mark to its label; farther ones get a line
 DIRECTIONS = tuple((math.cos(a * math.pi / 8), math.sin(a * math.pi / 8)) for a in (1, 15, 7, 9, 3, 13, 5, 11, 4, 12))
 
 
@@ -112,7 +112,7 @@ def _place_labels(
         taken += [(px - scale, py - scale, px + scale, py + scale) for px, py in places]
     whole, margin = axes.get_window_extent(renderer).extents, 2 * scale
     inside = (whole[0] + margin, whole[1] + margin, whole[2] - margin, whole[3] - margin)
-    placed = list[Box]()  # labels so far, which no leader may cross
+    leaders = list[Box]()  # points of the lines from texts to their marks
     names = [row.scheme for row, _ in drawn]
     kinds = [(name.startswith(AFFINE), name in front) for name in names]
     groups = _together(kinds, marks, half / 2)
@@ -129,15 +129,14 @@ def _place_labels(
             parse_math=False,
         )
         size, mark = label.get_window_extent(renderer), marks[group[0]]
-        box = _free_box(mark, size.width, size.height, scale, taken, placed, inside)
+        box = _best_box(mark, size.width, size.height, scale, taken, leaders, inside)
         taken.append(box)
-        placed.append(box)
         label.set_position(((box[0] - mark[0]) / scale, (box[1] - mark[1]) / scale))
         end = _nearest(box, mark)
         if math.dist(end, mark) > 1.5 * DISTANCES[0] * scale:
             leader = axes.transData.inverted().transform([mark, end])
             axes.plot(leader[:, 0], leader[:, 1], color=LEADER, linewidth=0.6, zorder=0.5)
-            taken += [(x - 1, y - 1, x + 1, y + 1) for x, y in _points(mark, end, 4 * scale)]
+            leaders += [(x - 1, y - 1, x + 1, y + 1) for x, y in _points(mark, end, 4 * scale)]
 
 
 def _nearest(box: Sequence[float], mark: Sequence[float]) -> tuple[float, float]:
@@ -169,32 +168,39 @@ def _together(kinds: Sequence[Any], marks: Sequence[Any], near: float) -> list[l
 Box = tuple[float, float, float, float]
 
 
-def _free_box(
+def _best_box(
     mark: Sequence[float],
     width: float,
     height: float,
     scale: float,
     taken: Sequence[Any],
-    placed: Sequence[Box],
+    leaders: Sequence[Box],
     inside: Box,
 ) -> Box:
-    """The nearest free place for a text of a size around a mark, whose line to it crosses none of the texts `placed`.
+    """The nearest place for a text around a mark that covers nothing; else one that covers as little as can be.
 
-    The last one tried if all are taken.
+    Least of all what is `taken`; then the text should not cross `leaders` of other texts, and its own line to the mark
+    nothing that is taken.
     """
-    box: Box = (0.0, 0.0, 0.0, 0.0)
+    obstacles = [box for box in taken if not (box[0] <= mark[0] <= box[2] and box[1] <= mark[1] <= box[3])]
+    best: Box = (mark[0], mark[1], mark[0] + width, mark[1] + height)
+    least: tuple[float, float] = (math.inf, math.inf)
     for distance in DISTANCES:
         for dx, dy in DIRECTIONS:
             x, y = mark[0] + dx * distance * scale, mark[1] + dy * distance * scale
             left = x if dx > 0.1 else x - width if dx < -0.1 else x - width / 2
             box = (left, y - height / 2, left + width, y + height / 2)
-            within = box[0] >= inside[0] and box[1] >= inside[1] and box[2] <= inside[2] and box[3] <= inside[3]
-            if not within or any(_overlap(box, other) for other in taken):
+            if box[0] < inside[0] or box[1] < inside[1] or box[2] > inside[2] or box[3] > inside[3]:
                 continue
-            line = [(x, y, x, y) for x, y in _points(mark, _nearest(box, mark), 2 * scale)]
-            if not any(_overlap(point, other) for point in line for other in placed):
+            line = [(px, py, px, py) for px, py in _points(mark, _nearest(box, mark), 2 * scale)]
+            crossed = sum(_overlap(box, other) for other in leaders)
+            crossed += sum(_overlap(point, other) for point in line for other in obstacles)
+            cost: tuple[float, float] = (sum(_overlap(box, other) for other in taken), crossed)
+            if not any(cost):
                 return box
-    return box
+            if cost < least:
+                best, least = box, cost
+    return best
 
 
 def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:

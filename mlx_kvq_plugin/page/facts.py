@@ -154,8 +154,9 @@ def gather(
         progress: called with the stage and the scheme, and how much of it is done.
 
     Raises:
-        KVQError: for texts that are too short, and as `compress`, and for a model without keys and values; a head size that a codec cannot do is the `error` of
+        KVQError: for texts that are too short, and as `compress`; a head size that a codec cannot do is the `error` of
             its part.
+        UnsupportedModelError: for a model without keys and values.
     """
     seconds: dict[str, float] = {}
 
