@@ -39,7 +39,8 @@ AVERAGE_SCHEME = "tq@3"  # joins them where there is a calibration
 COMPARED = ("mlx-affine4",)
 FIRST_CONTEXT, LAST_CONTEXT = 1024, 131072
 LONGEST = 4096  # tokens of the probes, whose scores take the square of it
-TOKENS, QUICK_TOKENS = 512, 160
+TOKENS, QUICK_TOKENS = 384, 160
+STEPS = 6  # one token in so many is fed singly, for the quality
 
 
 def _schemes(options: argparse.Namespace, found: Path | None) -> list[str]:
@@ -112,7 +113,7 @@ def _request(
                 f"a text must have the {tokens} tokens of the report, got {len(found)} in {name}; give a longer text "
                 "or fewer --tokens"
             )
-    steps = max(tokens // 4, 2)
+    steps = tokens // STEPS
     return Request(
         schemes=schemes,
         compared=COMPARED,
@@ -209,7 +210,7 @@ def add_commands(commands: Any) -> None:
         "--tokens",
         type=positive,
         metavar="N",
-        help=f"that are read of each text, the last quarter one by one for the quality (default: {TOKENS})",
+        help=f"that are read of each text, the last sixth one by one for the quality (default: {TOKENS})",
     )
     report.add_argument(
         "--quick", action="store_true", help=f"one text, and {QUICK_TOKENS} tokens of it unless --tokens says otherwise"
