@@ -249,6 +249,7 @@ def bits_figure(
         figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
         panels = figure.subplots(len(bits), 1, squeeze=False, height_ratios=list(rows.values()))[:, 0]
     FigureCanvasAgg(figure)
+    size = 6 if upright and 0.28 * sum(rows.values()) > width else 7
     written = not upright or 0.2 * sum(rows.values()) <= width  # narrower cells have no room for their numbers
     for axes, (side, layers) in zip(panels, bits.items(), strict=True):
         heads = range(rows[side])
@@ -259,7 +260,7 @@ def bits_figure(
                 if written and not math.isnan(b):
                     place = (h + 0.5, i + 0.5) if upright else (i + 0.5, h + 0.5)
                     color = "white" if norm(b) < 0.6 else "black"
-                    axes.text(*place, f"{round(b, 2):g}", ha="center", va="center", fontsize=7, color=color)
+                    axes.text(*place, f"{round(b, 2):g}", ha="center", va="center", fontsize=size, color=color)
         along, across = (axes.yaxis, axes.xaxis) if upright else (axes.xaxis, axes.yaxis)
         along.set_ticks([i + 0.5 for i in range(len(layers))], [str(layer) for layer in layers], fontsize=7)
         across.set_ticks([h + 0.5 for h in heads], [str(h) for h in heads], fontsize=7)

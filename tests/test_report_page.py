@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -128,7 +129,9 @@ def test_bits_say_what_stays(made: Page) -> None:
 def test_quality_names_what_was_measured_and_how(made: Page, tiny: Path) -> None:
     text = " ".join(made.text.split())
     assert "prose: 84 tokens are read in one go, then 16 one by one" in text
-    assert f"Measured for this page, 20{text.split('Measured for this page, 20')[1][:23]}, by kvq report" in text
+    made_at = next(str(found["datetime"]) for tag, found in made.elements if tag == "time")
+    assert re.match(r"20\d\d-\d\d-\d\dT\d\d:", made_at) and f"kvq report {shlex.quote(str(tiny))} --quick" in text
+    assert f"Measured for this page, {made_at}, by the command above." in text
     rows = {cells[0]: cells for cells in made.rows if len(cells) == 7}
     assert {"tq4", "tq3,edges=1", "kivi2", "mlx-affine4"} <= set(rows)
     assert float(rows["tq4"][1]) == 4.25 and float(rows["tq4"][3]) > 0

@@ -55,6 +55,7 @@ class ReplyStream:
         self._line = ""  # of the text, not ended yet
         self._meter = ""
         self._drawn = 0.0
+        self._begun = False
 
     def __enter__(self) -> ReplyStream:
         return self
@@ -70,6 +71,7 @@ class ReplyStream:
     def add(self, response: Any) -> None:
         """Show what a response adds to the text."""
         self._end_bar()
+        self._begun = True
         if not self._live or not shows_bars(self._console):
             print(response.text, end="", flush=True)
             if self._live:
@@ -118,6 +120,7 @@ class ReplyStream:
             self._display.update(Text(""), refresh=False)
             self._display.stop()
             print(self._line, end="")
-        print(flush=True)
+        if kind is None or self._begun:
+            print(flush=True)
         if self._meter and kind is None:
             note(self._meter)
