@@ -40,7 +40,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with everything that can be wide: many layers and heads, long names, several schemes."""
-    folder = tmp_path_factory.mktemp("models") / ("a-model-with-a-very-long-name-" * 4)
+    folder = tmp_path_factory.mktemp("models") / ("a_model_with_a_very_long_name_" * 4)
     options: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 12}
     kinds = ["sliding_attention"] * 11 + ["full_attention"]
     model_folder(folder, **options, layer_types=kinds, sliding_window=tiny_models.WINDOW)

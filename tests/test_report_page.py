@@ -18,6 +18,8 @@ from test_cli import model_folder, refused
 from test_results import measurement, row
 
 from mlx_kvq_plugin.cli import main
+from mlx_kvq_plugin.page import gather, render_page
+from mlx_kvq_plugin.page.facts import Request
 from mlx_kvq_plugin.results import SchemeResult
 
 Run = Callable[..., tuple[int, str, str]]
@@ -120,7 +122,7 @@ def test_bytes_are_those_of_kvq_plan(run: Run, made: Page, tiny: Path) -> None:
 
 def test_bits_say_what_stays(made: Page) -> None:
     text = " ".join(made.text.split())
-    assert "4 of 4 layers with keys and values are packed. Every KV head has 4.25 bits" in text
+    assert "4 of 4 layers with keys and values are packed. Every KV head has 4.25 bits per element." in text
     assert "2 of 4 layers with keys and values are packed. Left to mlx-lm: edge layer (edges=1)." in text
     assert ["0", "16 16", "16 16"] in made.rows and ["1", "3.25 3.25", "3.25 3.25"] in made.rows
     assert "kvq calibrate" in text and "none used" in text
@@ -201,6 +203,7 @@ def test_schemes_that_a_model_cannot_do_are_named(run: Run, tmp_path: Path) -> N
     assert run("report", folder, *QUICK, "--kv-scheme", "tq4", "--kv-scheme", "affine4", "--out", out)[0] == 0
     page = Page(out.read_text(encoding="utf-8"))
     assert "tq4: the head size must be" in page.text
+    assert "Every KV head has 8 bits per element of keys, 6.67 of values." in page.text
     assert page.row("affine4") and "tq4" not in {cell for cells in page.rows for cell in cells}
 
 
@@ -219,3 +222,21 @@ def test_mistakes_are_one_sentence(run: Run, tiny: Path, tmp_path: Path, monkeyp
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused(run(*argv), "pip install 'mlx-kvq-plugin[plot]'")
     assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "gemma2", "gemma3n", "gpt_oss", "llama4", "nemotron_h"])
+def test_layers_of_all_kinds_have_a_true_page(name: str) -> None:
+    """Recurrent and chunked layers, shared keys, capped scores, sinks: what stays is named, the rest is measured."""
+    model = getattr(tiny_models, name)()
+    ids = [(7 * i * i + 3 * i) % tiny_models.VOCAB for i in range(120)]
+    about = {"positions": None, "float32": True, "dtype": "float32", "itemsize": 2}
+    texts = dict.fromkeys(("model", "model_type", "measured_file", "calibration", "command", "made"), "x")
+    facts = gather(model, Request(["tq4"], [], [1024], 120, {"text": ids}, 110, 10), {**about, **texts})
+    (part,) = facts.parts
+    packed = [layer.index for layer in part.plan.layers if layer.spec is not None]
+    assert part.attention is not None and list(part.attention.layers) == packed
+    assert part.live is not None and len(part.live.norms) == facts.entries
+    page = Page(render_page(facts))
+    assert all(reason in page.text for reason in part.left)
+    assert f"{len(packed)} of {len(part.bits)} layers with keys and values are packed" in page.text
+    assert page.row("tq4")[1].split()[0] == f"{part.plan.nbytes(1024):,}" and "make_cache" not in vars(model)

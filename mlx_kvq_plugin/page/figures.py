@@ -150,12 +150,12 @@ def quality_figure(rows: Sequence[SchemeResult]) -> Any:
 
 
 def head_bits_figure(bits: Sequence[LayerBits]) -> Any:
-    """Bits of each KV head, a row a layer; `None` where all are equal."""
+    """Bits of each KV head, a row a layer; `None` where all keys are equal, and all values."""
     sides = {
         "key": {layer.index: layer.keys for layer in bits},
         "value": {layer.index: layer.values for layer in bits},
     }
-    if len({b for layers in sides.values() for heads in layers.values() for b in heads}) < 2:
+    if all(len({b for heads in layers.values() for b in heads}) < 2 for layers in sides.values()):
         return None
     return bits_figure(sides, "", upright=True, width=WIDTH)
 

@@ -173,7 +173,9 @@ def _bits_block(number: int, part: Part) -> Block:
     text += "".join(f" Left to mlx-lm: {reason}." for reason in part.left if reason)
     figure = figures.head_bits_figure(part.bits)
     if figure is None:
-        text += f" Every KV head has {_bits(part.bits[0].keys)[0]} bits per element, keys and values."
+        keys, values = (_bits(heads)[0] for heads in (part.bits[0].keys, part.bits[0].values))
+        sides = f"{keys} bits per element" if keys == values else f"{keys} bits per element of keys, {values} of values"
+        text += f" Every KV head has {sides}."
         return Block(part.scheme, text, None, None)
     caption = f"Bits per element of every KV head by layer, {part.scheme}: {_spread(part.bits)}."
     rows = [[str(layer.index), " ".join(_bits(layer.keys)), " ".join(_bits(layer.values))] for layer in part.bits]
