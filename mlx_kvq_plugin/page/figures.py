@@ -53,11 +53,13 @@ def inline_svg(figure: Any, name: str, text: str) -> str:
     for color, theme in THEME.items():
         svg = svg.replace(color, theme)
     width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0]
-    head = f'<svg class="plot" role="img" aria-label="{_attribute(text)}" viewBox="0 0 {width} {height}"'
-    head += f' style="max-width: {float(width) * 2:.0f}px"'
-    return re.sub(
-        r"^<svg[^>]*>", head + ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">', svg
+    least = f"min-width: {width}px; " if float(width) > 1.5 * 72 * WIDTH else ""  # larger ones scroll on a phone
+    head = (
+        f'<svg class="plot" role="img" aria-label="{_attribute(text)}" viewBox="0 0 {width} {height}" '
+        f'style="{least}max-width: {2 * float(width):.0f}px" xmlns="http://www.w3.org/2000/svg" '
+        'xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
+    return head + svg[svg.index(">") + 1 :]
 
 
 def _attribute(text: str) -> str:
