@@ -168,6 +168,21 @@ def test_average_bits_have_a_picture_with_their_calibration(run: Run, tmp_path: 
     page = Page(out.read_text(encoding="utf-8"))
     assert str(moved) in page.text and page.row("tq@3")  # the path is no part of the scheme's name
     assert [cells for cells in page.rows if re.fullmatch(r"\d", cells[0]) and len(cells) == 3][:3] == allocated
+    assert "calibration=" not in {cell for cells in page.rows for cell in cells}
+
+
+def test_two_calibrations_of_one_scheme_are_told_apart(run: Run, tmp_path: Path) -> None:
+    folder, out = model_folder(tmp_path / "model"), tmp_path / "page.html"
+    schemes = []
+    for seed in (0, 1):
+        path = tmp_path / f"${seed}$<i>.safetensors"
+        assert run("calibrate", folder, "--sequences", 1, "--length", 128, "--seed", seed, "--out", path)[0] == 0
+        schemes.append(f"tq@3,calibration={path}")
+    argv = ("report", folder, *QUICK, "--kv-scheme", schemes[0], "--kv-scheme", schemes[1], "--out", out)
+    assert run(*argv)[0] == 0
+    page = Page(out.read_text(encoding="utf-8"))
+    assert all(page.row(scheme) for scheme in schemes) and "i" in {tag for tag, _ in page.elements}
+    assert sum(tag == "i" for tag, _ in page.elements) == 1  # that of the page's own text
 
 
 def test_a_stored_quality_is_shown_as_such(run: Run, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..attention_errors import LEAST_TOKENS
 from ..calibration_files import SUFFIX, find_calibration, load_calibration
 from ..config import KVQConfig
 from ..page import PageFacts, gather, render_page
@@ -38,7 +37,7 @@ DEFAULT_SCHEMES = ("tq4", "tq3", "rvq1")
 AVERAGE_SCHEME = "tq@3"  # joins them where there is a calibration
 COMPARED = ("mlx-affine4",)
 FIRST_CONTEXT, LAST_CONTEXT = 1024, 131072
-LONGEST = 4096  # tokens of the probes, whose scores take the square of it
+SHORTEST, LONGEST = 96, 4096  # tokens: less would not be packed, and scores take the square of them
 TOKENS, QUICK_TOKENS = 384, 160
 STEPS = 6  # one token in so many is fed singly, for the quality
 
@@ -96,8 +95,8 @@ def _read_measurement(path: str) -> Measurement:
 
 def _tokens(options: argparse.Namespace) -> int:
     tokens: int = options.tokens or (QUICK_TOKENS if options.quick else TOKENS)
-    if not LEAST_TOKENS + 4 <= tokens <= LONGEST:
-        raise UsageError(f"--tokens must be {LEAST_TOKENS + 4} to {LONGEST}, got {tokens}; choose another number")
+    if not SHORTEST <= tokens <= LONGEST:
+        raise UsageError(f"--tokens must be {SHORTEST} to {LONGEST}, got {tokens}; choose another number")
     return tokens
 
 

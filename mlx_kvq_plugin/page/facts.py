@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -107,9 +108,14 @@ class PageFacts:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
-def label(scheme: str) -> str:
-    """A scheme without the path of its calibration; mlx-lm's quantized caches keep their names."""
-    return scheme if scheme.startswith(AFFINE) else format_scheme(replace(parse_scheme(scheme), calibration=""))
+def labels(schemes: Sequence[str]) -> dict[str, str]:
+    """What the page calls schemes: without the path of their calibration, unless nothing else tells two apart."""
+    short = {
+        scheme: scheme if scheme.startswith(AFFINE) else format_scheme(replace(parse_scheme(scheme), calibration=""))
+        for scheme in schemes
+    }
+    counts = Counter(short.values())
+    return {scheme: name if counts[name] == 1 else scheme for scheme, name in short.items()}
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,11 @@ class Request:
     steps: int
     unknown_arch: str = "error"
     source: str = ""
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The page's names of all schemes."""
+        return labels([*self.schemes, *self.compared])
 
 
 def gather(
@@ -168,10 +179,11 @@ def gather(
 
     with stage(MEMORY) as tell:
         tell("", 0, 1)
-        stock = _planned(model, FP16, request, about["itemsize"]).plan
+        stock = _planned(model, FP16, FP16, request, about["itemsize"]).plan
         if not any(map(_has_keys, stock.layers)):
             raise UnsupportedModelError("a model must have layers with keys and values to report on, got none")
-        parts = [_planned(model, scheme, request, about["itemsize"]) for scheme in request.schemes]
+        names = request.labels
+        parts = [_planned(model, scheme, names[scheme], request, about["itemsize"]) for scheme in request.schemes]
     if measurement is None:
         with stage(QUALITY) as tell:
             measurement = _measured(model, request, about, tell)
@@ -182,11 +194,14 @@ def gather(
     with stage(KEYS) as tell:
         for step, i in enumerate(possible):
             tell(parts[i].scheme, step, len(possible))
-            parts[i] = replace(parts[i], live=probe_scheme(model, ids, request.schemes[i], **options))
+            live = probe_scheme(model, ids, request.schemes[i], **options)
+            parts[i] = replace(parts[i], live=replace(live, scheme=parts[i].scheme))
     with stage(ATTENTION) as tell:
         for step, i in enumerate(possible):
             tell(parts[i].scheme, step, len(possible))
-            parts[i] = replace(parts[i], attention=attention_errors(model, ids, request.schemes[i], **options))
+            errors = attention_errors(model, ids, request.schemes[i], **options)
+            assert errors is not None
+            parts[i] = replace(parts[i], attention=replace(errors, scheme=parts[i].scheme))
     return PageFacts(
         **about,
         entries=len(stock.layers),
@@ -201,17 +216,17 @@ def gather(
     )
 
 
-def _planned(model: Any, scheme: str, request: Request, itemsize: int) -> Part:
+def _planned(model: Any, scheme: str, name: str, request: Request, itemsize: int) -> Part:
     """Bytes and bits of a scheme."""
     try:
         with compress(model, scheme, unknown_arch=request.unknown_arch, source=request.source) as compression:
             plan = plan_caches(compression.maker, itemsize)
     except CodecError as error:
         message = " ".join(str(error).split())
-        return Part(label(scheme), SchemePlan(scheme, (), error=message), error=message)
+        return Part(name, SchemePlan(scheme, (), error=message), error=message)
     bits = tuple(LayerBits(layer.index, *head_bits(layer), layer.reason) for layer in plan.layers if _has_keys(layer))
     left = tuple(dict.fromkeys(layer.reason for layer in plan.layers if layer.spec is None))
-    return Part(label(scheme), plan, bits, left)
+    return Part(name, plan, bits, left)
 
 
 def _has_keys(layer: LayerPlan) -> bool:
@@ -220,6 +235,7 @@ def _has_keys(layer: LayerPlan) -> bool:
 
 def _measured(model: Any, request: Request, about: Mapping[str, Any], progress: Progress) -> Measurement:
     """The quality of all schemes, with labels for names."""
+    names = request.labels
     rows: list[SchemeResult] = list(
         measure(
             model,
@@ -239,7 +255,7 @@ def _measured(model: Any, request: Request, about: Mapping[str, Any], progress: 
         steps=request.steps,
         machine=machine(),
         dtype=about["dtype"],
-        rows=tuple(replace(row, scheme=label(row.scheme)) for row in rows),
+        rows=tuple(replace(row, scheme=names[row.scheme]) for row in rows),
         command=about["command"],
         measured=about["made"],
     )

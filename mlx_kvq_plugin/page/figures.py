@@ -136,7 +136,9 @@ def memory_figure(facts: PageFacts) -> Any:
 
 def _legend_above(figure: Any, axes: Any) -> None:
     """One legend for all panels, where it covers no line."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3)
+    legend = figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a path may have dollars
 
 
 def _series(i: int) -> tuple[str, str]:
