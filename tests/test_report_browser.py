@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ WIDTHS = (390, 1280)
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with sync_api.sync_playwright() as playwright:
+    with ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.delenv("LD_PRELOAD", raising=False)  # the BLAS of these tests is no library for a browser
+        playwright = stack.enter_context(sync_api.sync_playwright())
         own = Path(playwright.chromium.executable_path)
         system = next(filter(None, map(shutil.which, SYSTEM)), None)
         if not own.is_file() and system is None:

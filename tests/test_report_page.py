@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,7 @@ def test_quality_names_what_was_measured_and_how(made: Page, tiny: Path) -> None
     text = " ".join(made.text.split())
     assert "prose: 84 tokens are read in one go, then 16 one by one" in text
     made_at = next(str(found["datetime"]) for tag, found in made.elements if tag == "time")
+    assert f"mlx-kvq-plugin {version('mlx-kvq-plugin')}" in text and f"mlx-lm {version('mlx-lm')}" in text
     assert re.match(r"20\d\d-\d\d-\d\dT\d\d:", made_at) and f"kvq report {shlex.quote(str(tiny))} --quick" in text
     assert f"Measured for this page, {made_at}, by the command above." in text
     rows = {cells[0]: cells for cells in made.rows if len(cells) == 7}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from typing import Any
 
 from ..attention_errors import AttentionErrors, attention_errors
@@ -211,7 +213,7 @@ def gather(
         measurement=measurement,
         tokens=len(ids),
         text=text,
-        machine=machine(),
+        machine=f"{machine()}, mlx-kvq-plugin {version('mlx-kvq-plugin')}, {os.cpu_count()} CPU cores",
         seconds=seconds,
     )
 
