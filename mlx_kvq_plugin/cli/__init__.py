@@ -13,7 +13,21 @@ import sys
 from importlib.metadata import version
 
 from ..errors import KVQError
-from . import calibrate, check, evaluate, generate, models, plan, prompts, report, run, schemes, serve, theory
+from . import (
+    calibrate,
+    check,
+    completion,
+    evaluate,
+    generate,
+    models,
+    plan,
+    prompts,
+    report,
+    run,
+    schemes,
+    serve,
+    theory,
+)
 from .arguments import Parser, complain
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells count signals: 128 + SIGINT, 128 + SIGPIPE
@@ -32,6 +46,7 @@ def _parser() -> Parser:
     groups = (generate, prompts, schemes, plan, report, models, run, serve, check, evaluate, calibrate, theory)
     for group in groups:
         group.add_commands(commands)
+    completion.add_commands(commands, parser)
     return parser
 
 
