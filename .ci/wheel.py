@@ -18,11 +18,10 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
-
-import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("mlx_kvq_plugin", "model_adapters")
