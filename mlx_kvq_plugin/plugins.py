@@ -34,6 +34,11 @@ def plugin_names(group: str) -> list[str]:
     return sorted(_entries(group))
 
 
+def plugin_entries(group: str, name: str) -> tuple[EntryPoint, ...]:
+    """The entry points of a name; several where distributions claim it together."""
+    return _entries(group).get(name, ())
+
+
 def plugin_origin(group: str, name: str) -> str:
     """`module:attribute from distribution` of an entry point, for reports."""
     return " and ".join(_describe(entry) for entry in _entries(group)[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -21,17 +22,17 @@ sys.path.insert(0, {tests!r})
 import mlx.core as mx
 import mlx_kvq_plugin as kvq
 import tiny_models
-assert "seed_oss" in kvq.list_adapters() and "half" in kvq.list_codecs()
-assert "kvq_seed_oss_adapter" not in sys.modules, "plugins are loaded when asked for"
+assert "seed_oss" in kvq.list_adapters() and "absmax" in kvq.list_codecs()
+assert "kvq_plugin_example" not in sys.modules, "plugins are loaded when asked for"
 model = tiny_models.seed_oss()
 tokens = mx.arange(90)[None] % 64
 expected = model(tokens, cache=kvq.make_prompt_cache(model))
-with kvq.compress(model, "k=half,v=tq4") as compression:
+with kvq.compress(model, "absmax64") as compression:
     assert compression.maker.adapter.name == "seed_oss"
     caches = kvq.make_prompt_cache(model)
     found = model(tokens, cache=caches)
     step = model(mx.array([[5]]), cache=caches)
-assert mx.array_equal(found, expected)
+assert mx.array_equal(found, expected)  # nothing was packed yet when the prompt was read
 print(kvq.cache_report(caches).compressed, len(caches), caches[0].packed_tokens)
 """
 
@@ -60,7 +61,7 @@ def run(code: str, target: Path) -> str:
 def plugin(tmp_path_factory) -> Path:
     """A copy of the example, so that building it leaves nothing in the checkout."""
     copy = tmp_path_factory.mktemp("plugin") / "source"
-    shutil.copytree(ROOT / "examples" / "kvq-seed-oss-adapter", copy)
+    shutil.copytree(ROOT / "examples" / "kvq-plugin-example", copy)
     return copy
 
 
@@ -68,6 +69,20 @@ def test_example_plugin_is_found_loaded_late_and_used(plugin, tmp_path):
     install(plugin, tmp_path)
     compressed, layers, packed = run(USE_PLUGIN.format(tests=str(ROOT / "tests")), tmp_path).split()
     assert compressed == layers and int(packed) > 0
+
+
+def test_the_example_plugin_passes_its_own_tests_and_is_listed(plugin, tmp_path):
+    install(plugin, tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(plugin / "tests")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    listed = json.loads(run("from mlx_kvq_plugin.cli import main; main(['plugins', '--json'])", tmp_path))
+    own = {(row["kind"], row["name"]): row for row in listed if row["distribution"] == "kvq-plugin-example"}
+    assert set(own) == {("adapter", "seed_oss"), ("codec", "absmax"), ("schemes", "absmax")}
+    assert all(row["version"] == "0.1.0" and not row["problem"] for row in own.values())
+    assert own["codec", "absmax"]["offers"] == ["absmax4", "absmax6"]
+    assert own["schemes", "absmax"]["offers"] == ["absmax64"]
 
 
 def test_a_plugin_that_claims_a_taken_name_is_named(plugin, tmp_path):
@@ -79,7 +94,7 @@ def test_a_plugin_that_claims_a_taken_name_is_named(plugin, tmp_path):
     finally:
         settings.write_text(text)
     message = run(CLASH, tmp_path)
-    assert "'llama'" in message and "mlx-kvq-plugin" in message and "kvq-seed-oss-adapter" in message
+    assert "'llama'" in message and "mlx-kvq-plugin" in message and "kvq-plugin-example" in message
     assert "uninstall one" in message and "\n" not in message
 
 

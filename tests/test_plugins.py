@@ -1,5 +1,6 @@
 """Discovery: what entry points offer, loaded only when asked for, and every way in which a plugin can be wrong."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,10 +11,12 @@ import pytest
 from mlx_kvq_plugin import plugins
 from mlx_kvq_plugin.adapters import GROUP as ADAPTERS
 from mlx_kvq_plugin.adapters import list_adapters, load_adapter
+from mlx_kvq_plugin.cli import main
 from mlx_kvq_plugin.codecs import GROUP as CODECS
 from mlx_kvq_plugin.codecs import get_codec, list_codecs
 from mlx_kvq_plugin.config import KVQConfig
 from mlx_kvq_plugin.errors import CodecError, KVQError, PluginError, SchemeError
+from mlx_kvq_plugin.inventory import list_plugins
 from mlx_kvq_plugin.schemes import GROUP as SCHEMES
 from mlx_kvq_plugin.schemes import list_schemes, parse_scheme
 
@@ -285,3 +288,42 @@ def test_a_broken_plugin_is_a_row_of_the_list(install: Install) -> None:
         assert rows[name].bits is None
         assert f"from {dist}) must import, got RuntimeError: {reason}; fix or uninstall" in rows[name].note
         assert rows[name].note == message_of(SchemeError, lambda name=name: parse_scheme(name))
+
+
+# ---- kvq plugins -----------------------------------------------------------------------------------------------------
+
+
+def test_all_plugins_are_listed_with_their_origin_and_state(
+    install: Install, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plugins"]) == 0
+    assert "all load" in capsys.readouterr().out
+    good = install("good", CODECS, {"mine": "{module}:Outside"}, codec_source("mine", ("2", "4")))
+    install("wrong", ADAPTERS, {"odd": "{module}:ADAPTER"}, "ADAPTER = 3\n", folder="second")
+    install("broken", SCHEMES, {"bad": "{module}:SCHEMES"}, "1 / 0\n", folder="third")
+    install("unknown", SCHEMES, {"fancy": "{module}:SCHEMES"}, "SCHEMES = {'fancy1': 'nothing7'}\n", folder="fourth")
+    install("twice", CODECS, {"tq": "{module}:Outside"}, codec_source("tq", ("9",)), folder="fifth")
+    found = {(own.distribution, own.name): own for own in list_plugins()}
+    mine = found["good", "mine"]
+    assert (mine.value, mine.version, mine.offers, mine.problem) == (f"{good}:Outside", "1.0", ("mine2", "mine4"), "")
+    problems = {key: own.problem for key, own in found.items() if own.problem}
+    assert set(problems) == {
+        ("wrong", "odd"),
+        ("broken", "bad"),
+        ("unknown", "fancy"),
+        ("twice", "tq"),
+        ("mlx-kvq-plugin", "tq"),
+    }
+    assert "must be an Adapter, got 3" in problems["wrong", "odd"]
+    assert "ZeroDivisionError" in problems["broken", "bad"]
+    assert "nothing7" in problems["unknown", "fancy"]
+    assert problems["twice", "tq"] == problems["mlx-kvq-plugin", "tq"]
+    assert "twice" in problems["twice", "tq"] and "mlx-kvq-plugin" in problems["twice", "tq"]
+
+    assert main(["plugins"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("mlx-kvq-plugin ") and line.endswith("1 cannot be used") for line in lines)
+    assert any("mine2, mine4" in line for line in lines)
+    assert main(["plugins", "--json"]) == 1
+    listed = json.loads(capsys.readouterr().out)
+    assert len(listed) == len(list_plugins()) and sum(bool(row["problem"]) for row in listed) == 5

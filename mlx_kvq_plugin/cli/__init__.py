@@ -1,8 +1,8 @@
 """The `kvq` command: one file per group of commands, each with an `add_commands(commands)`.
 
 Exit codes: 0, 2 for wrong input (one sentence on stderr), 1 for a prompt-cache file that fails `kvq cache verify`, a
-model that fails `kvq check` or a codec that fails `kvq validate`, 130 after an interrupt, 141 when the reader of stdout
-is gone.
+model that fails `kvq check`, a codec that fails `kvq validate` or a plugin that `kvq plugins` cannot load, 130 after an
+interrupt, 141 when the reader of stdout is gone.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from . import (
     generate,
     models,
     plan,
+    plugins,
     prompts,
     report,
     run,
@@ -43,7 +44,7 @@ def _parser() -> Parser:
     versions = f"kvq {version('mlx-kvq-plugin')} (mlx-lm {version('mlx-lm')}, mlx {version('mlx')})"
     parser.add_argument("--version", action="version", version=versions)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    groups = (generate, prompts, schemes, plan, report, models, run, serve, check, evaluate, calibrate, theory)
+    groups = (generate, prompts, schemes, plan, report, models, plugins, run, serve, check, evaluate, calibrate, theory)
     for group in groups:
         group.add_commands(commands)
     completion.add_commands(commands, parser)

@@ -331,7 +331,7 @@ def get_codec(name: str, seed: int = 0, rotation: str = HADAMARD, scaling: str =
     families = sorted((f for f in list_codecs() if name.startswith(f)), key=len, reverse=True)
     if not families:
         raise CodecError(f"a codec name must start with one of {', '.join(list_codecs())}, got {name!r}")
-    kinds = {prefix: _load_family(prefix) for prefix in families}
+    kinds = {prefix: load_family(prefix) for prefix in families}
     owners = [prefix for prefix, kind in kinds.items() if kind.accepts(name[len(prefix) :])]
     if len(owners) > 1:
         raise CodecError(f"codec {name} must have one owner, got the families {' and '.join(owners)}; uninstall one")
@@ -340,7 +340,8 @@ def get_codec(name: str, seed: int = 0, rotation: str = HADAMARD, scaling: str =
     return replace(codec, rotation=rotation, scaling=scaling)
 
 
-def _load_family(prefix: str) -> type[Codec]:
+def load_family(prefix: str) -> type[Codec]:
+    """The class of a family of codecs; raises `CodecError` or `PluginError` where the entry point is none."""
     family = load_plugin(GROUP, prefix)
     if not (isinstance(family, type) and issubclass(family, Codec)):
         raise CodecError(f"entry point {prefix!r} in {GROUP} must be a Codec subclass, got {family!r}")
