@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from stored import MODELS, quality, results, table
+from stored import MODELS, TITLES, quality, results, table
 
 import mlx_kvq_plugin as kvq
 
+NAMES = " / ".join(TITLES[model] for model in MODELS)
 DIMS = (64, 128, 256)
 KERNELS = re.compile(r"(tq|rvq)\d")  # codecs with GPU kernels
 KL_LIMITS = (0.001, 0.01, 0.1)
@@ -68,7 +69,7 @@ def choices() -> str:
     head = ["if you need", "use", "bits, all-in (head sizes 64 / 256)", "KL, nats a token", "same top-1 token"]
     head += ["smaller at 4,096 tokens", "decode speed (CPU)", "decode speed (GPU)"]
     about = (
-        f"{' / '.join(MODELS)}; the need holds on both. `python benchmarks/quality.py`, `memory.py`, `decode.py` "
+        f"{NAMES}; the need holds on both. `python benchmarks/quality.py`, `memory.py`, `decode.py` "
         "(1,000 tokens) and `decode_gpu.py` (8,192 / 131,072 tokens); an empty cell was not measured. Where nothing "
         "else is said, the choice is among the codecs with GPU kernels and whole bits, `tq1` to `tq6` and `rvq1` to "
         "`rvq3`."
@@ -112,8 +113,8 @@ def every_scheme() -> str:
     head = ["scheme", *(f"D {dim}" for dim in DIMS), "KL, nats a token", "same top-1 token"]
     head += ["decode (CPU)", "decode (GPU)", "GPU kernels"]
     about = (
-        f"Bits an element by `kvq schemes --head-dim D`, everything stored with the codes counted. Quality on "
-        f"{' / '.join(MODELS)} by `python benchmarks/quality.py`, speed against fp16 by `decode.py` (SmolLM2, 1,000 "
+        "Bits an element by `kvq schemes --head-dim D`, everything stored with the codes counted. Quality on "
+        f"{NAMES} by `python benchmarks/quality.py`, speed against fp16 by `decode.py` (SmolLM2, 1,000 "
         "tokens) and `decode_gpu.py` (8,192 tokens). An empty cell was not measured, or is not possible."
     )
     return f"{about}\n\n{table(head, lines)}"
