@@ -17,13 +17,26 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 import pytest
-from doc_blocks import ADDED, HUB_MODELS, PAGES, ROOT, RUN, SHOWN, Block, blocks_of, commands, read_blocks, short
+from doc_blocks import (
+    ADDED,
+    HUB_MODELS,
+    PAGES,
+    PARSED,
+    ROOT,
+    RUN,
+    SHOWN,
+    Block,
+    blocks_of,
+    commands,
+    read_blocks,
+    short,
+)
 from doc_commands import check, takes_options
 from mlx.utils import tree_flatten
 
 import mlx_kvq_plugin as kvq
 import mlx_kvq_plugin.cli.serve as serve_command
-from mlx_kvq_plugin.cli import main
+from mlx_kvq_plugin.cli import _parser, main
 
 BLOCKS = {page: blocks_of(page) for page in PAGES}
 WITH_BLOCKS = [page for page, blocks in BLOCKS.items() if any(b.language in RUN and not b.reason for b in blocks)]
@@ -95,6 +108,9 @@ def run_shell(block: Block, folder: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def kvq_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a command of kvq in this process; a server is not started."""
     name = words[0] if words[0] != "run" else f"run {words[words.index('--') + 1]}"
+    if name in PARSED:
+        _parser().parse_args(words)  # raises UsageError
+        return
     options = [f"{name} {word}" for word in words if word.startswith("--")]
     words = [*words, *(word for key in (name, *options) for word in shlex.split(ADDED.get(key, "")))]
     if words[0] == "serve":
