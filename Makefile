@@ -27,7 +27,7 @@ ifeq ($(shell uname -s),Linux)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench docs docs-serve clean
+.PHONY: help setup demo test lint format wheel bench docs docs-serve clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -63,6 +63,9 @@ lint: setup ## ruff and mypy
 format: setup ## fix what ruff can fix, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+wheel: setup ## build the distributions, and use the wheel outside of the source tree
+	$(PRELOAD) $(BIN)/python .ci/wheel.py
 
 bench: setup ## decoding speed, quality and memory
 	$(BLAS_HINT)

@@ -48,7 +48,6 @@ def main() -> None:
     parser.add_argument("--warps", nargs="+", type=int, default=[4, 8])
     parser.add_argument("--per-core", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--cores", type=int, default=132, help="multiprocessors of the device")
-    parser.add_argument("--merge-threads", nargs="+", type=int, default=[256, 512])
     parser.add_argument("--length", type=int, default=48, help="calls of a chain")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--write", action="store_true")
@@ -57,8 +56,8 @@ def main() -> None:
         parser.error("launch sizes are tuned on a GPU, and MLX's default device is none")
     rotary = Rotary("half", tuple(1e6 ** (-2 * j / DIM) for j in range(DIM // 2)))
     sizes = [
-        Launch(warps, per_core, per_core * arguments.cores, threads)
-        for warps, per_core, threads in itertools.product(arguments.warps, arguments.per_core, arguments.merge_threads)
+        Launch(warps, per_core, per_core * arguments.cores)
+        for warps, per_core in itertools.product(arguments.warps, arguments.per_core)
         if warps * per_core <= 16
     ]
     busy = busy_array()

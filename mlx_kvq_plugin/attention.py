@@ -12,6 +12,8 @@ Candidates are tried in order; the last accepts every well-formed call and is th
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
@@ -31,8 +33,19 @@ if TYPE_CHECKING:
 Mask = mx.array | str | None
 
 WORKSPACE_NBYTES = 256 * 2**20  # of decoded keys and values at a time, where heads can be decoded apart
-LARGE_NBYTES = 32 * 2**20  # of a layer's decoded past: from here on a prefill chunk's layers run one after the other
+LARGE_NBYTES = 32 * 2**20  # of a layer's decoded past: from here on few layers of a prefill chunk are queued at a time,
+QUEUED_LAYERS = 2  # beside the one that a GPU works on
 PACKED_QUERIES = 16  # more new tokens than this and decoding the past once is cheaper than scoring it packed
+
+
+class _Queue(threading.local):
+    """Numbers that are there when the attention of a layer is done; by thread, as models run."""
+
+    def __init__(self) -> None:
+        self.layers: deque[mx.array] = deque()
+
+
+_queue = _Queue()
 
 
 @dataclass(slots=True)
@@ -100,13 +113,17 @@ def attend(args: AttendArgs) -> mx.array:
 
 
 def finish_large(cache: KVQCache, output: mx.array) -> None:
-    """Wait for the attention of a prefill chunk, and for what it packed, if the layer's past is large.
+    """Start the attention of a prefill chunk, and what it packed, and wait for earlier layers, if the past is large.
 
-    Layers that are queued while a GPU works allocate what they decode, and new planes beside the old ones; together
-    that would be more than the caches. The wait costs the time of starting a layer, little beside its work.
+    Layers that are queued while a GPU works allocate what they decode, and new planes beside the old ones; all layers
+    together that would be more than the caches. `QUEUED_LAYERS` keep the GPU busy while the host prepares the next.
     """
     if cache.dense_nbytes(output.dtype.size) >= LARGE_NBYTES:
-        mx.eval(output, cache.key_planes, cache.value_planes)
+        done = output[:1, :1, :1, :1] + 0  # a number of its own: to hold the output would keep its memory
+        mx.async_eval(done, cache.key_planes, cache.value_planes)  # type: ignore[no-untyped-call]
+        _queue.layers.append(done)
+        while len(_queue.layers) > QUEUED_LAYERS:
+            mx.eval(_queue.layers.popleft())
 
 
 def attend_rows(args: AttendArgs) -> mx.array:

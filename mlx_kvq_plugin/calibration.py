@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from .codecs import get_codec, list_codecs
 from .config import SIDE_SCALING, KVQConfig
 from .corpus import CORPUS, corpus_text
 from .errors import CalibrationError, CodecError
+from .progress import Progress, silent
 from .prompt_cache import model_fingerprint
 from .standalone import fit_distortion_curve
 
@@ -140,7 +141,7 @@ def calibrate(
     seed: int = 0,
     source: str = "",
     unknown_arch: str = "error",
-    done: Callable[[int, int], None] = lambda step, steps: None,
+    progress: Progress = silent,
 ) -> Calibration:
     """Measure sensitivities and distortion curves of a model.
 
@@ -151,7 +152,7 @@ def calibrate(
         seed: of the tokens drawn from the model.
         source: repository or folder of the model, for messages.
         unknown_arch: as for `compress`.
-        done: called with the sequences done and their number.
+        progress: called with the sequences that are done and their number.
 
     Memory on top of the model: activations of all layers for one sequence, with scores `(Hq, length, length)`.
 
@@ -170,9 +171,10 @@ def calibrate(
         if not plans:
             raise CalibrationError("a model must have layers to compress for a calibration, got none; nothing to do")
         found = []
+        progress("calibrating", 0, len(ids))
         for step, sequence in enumerate(ids):
             found.append(measure_sensitivities(model, compression.maker(), plans, mx.array([sequence]), seed + step))
-            done(step + 1, len(ids))
+            progress("calibrating", step + 1, len(ids))
 
     def mean(kind: str, name: tuple[str, int]) -> tuple[float, ...]:
         weights = np.mean([getattr(one[name], kind) for one in found], axis=0).astype(np.float32)  # as in the file

@@ -28,6 +28,7 @@ from .config import KVQConfig
 from .errors import CacheStateError, KVQError, UnsupportedModelError
 from .evaluation import compare
 from .loading import Compression, compress, compression_of, make_prompt_cache
+from .progress import Progress, silent
 from .prompt_cache import load_prompt_cache, save_prompt_cache
 from .report import CacheReport, cache_report
 from .routing import NAME
@@ -528,6 +529,7 @@ def check_model(
     source: str = "",
     max_kl: float = MAX_KL,
     done: Callable[[Check], None] = lambda check: None,
+    progress: Progress = silent,
 ) -> CheckReport:
     """Check the identity codec and then each scheme on a model, in every way that mlx-lm runs one.
 
@@ -540,6 +542,7 @@ def check_model(
         max_kl: nats a token, on average over the compared positions, by which a lossy scheme may differ from mlx-lm's
             caches.
         done: called with each check when it is finished.
+        progress: called with the scheme, and how many checks of all schemes are done.
 
     Returns:
         A report; costs about 12 prefills of `tokens` tokens and 150 steps for each scheme.
@@ -557,11 +560,16 @@ def check_model(
     identity = KVQConfig(key=IDENTITY, value=IDENTITY)
     fed, known = _text(model, tokenizer, tokens), dict[tuple[Any, ...], mx.array]()
     checks: list[Check] = []
-    for config in [identity, *(config for config in configs if config != identity)]:
+    configs = [identity, *(config for config in configs if config != identity)]
+    each = len(_CHECKS) + 1
+    for i, config in enumerate(configs):
+        progress(format_scheme(config), i * each, len(configs) * each)
         try:
             for name, (status, detail) in _check_scheme(model, config, fed, known, unknown_arch, source, max_kl):
                 checks.append(Check(format_scheme(config), name, status, detail))
                 done(checks[-1])
+                finished = sum(check.scheme == format_scheme(config) for check in checks)
+                progress(format_scheme(config), i * each + finished, len(configs) * each)
         except KVQError as error:  # compress refuses: the model altogether, or this scheme for it
             if config == identity:
                 raise

@@ -26,12 +26,13 @@ import numpy.typing as npt
 from filelock import FileLock
 from gguf import GGUFReader, TokenType, dequantize
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from mlx_kvq_plugin.cache_folder import default_cache_dir
 from mlx_kvq_plugin.errors import DemoModelError
+from mlx_kvq_plugin.progress import new_bars, shows_bars
 
 Array = npt.NDArray[Any]
 
@@ -194,7 +195,7 @@ def _make(model: DemoModel, folder: Path, show: bool) -> None:
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix=partial, dir=folder.parent) as temporary:
         scratch = Path(temporary)
-        with _progress(console, show) as progress:
+        with new_bars(console, show and shows_bars(console)) as progress:
             gguf = _download(model, scratch, progress)
             convert_gguf(gguf, scratch / "model", progress)
         _write_json(scratch / "model" / _MARKER, _marker(model))
@@ -204,11 +205,6 @@ def _make(model: DemoModel, folder: Path, show: bool) -> None:
     if show:
         text = f"{model.name}: {model.description}\nlicence: {model.licence}\nfolder: {folder}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _progress(console: Console, show: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, disable=not show)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

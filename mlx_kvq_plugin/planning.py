@@ -8,6 +8,8 @@ from typing import Any
 
 from .adapters import GENERIC, REFUSED, Adapter, load_adapter, model_type_of
 from .allocation import KEY, SIDES, Allocation, Component, DistortionCurve, allocate
+from .codecs import Codec
+from .codecs.per_head import PerHead
 from .config import KVQConfig
 from .errors import CodecError, UnsupportedModelError
 from .layouts import STEPS, Layout, layer_layout, layouts_nbytes
@@ -58,6 +60,25 @@ def plan_caches(maker: CacheMaker, itemsize: int = 2) -> SchemePlan:
     layers, caches = maker.plan(), maker()
     layouts = [layer_layout(layer.geometry, cache, itemsize) for layer, cache in zip(layers, caches, strict=True)]
     return SchemePlan(maker.scheme, tuple(layers), tuple(layouts))
+
+
+def head_bits(plan: LayerPlan) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """All-in bits per element of packed keys and of values, one a KV head, in a 16-bit model; 16 where none are packed.
+
+    Both are empty for an entry without keys and values.
+    """
+    geometry, spec = plan.geometry, plan.spec
+    if spec is None:
+        return (16.0,) * geometry.kv_heads, (16.0,) * geometry.kv_heads
+
+    def bits(codec: Codec, dim: int, dtype: str) -> tuple[float, ...]:
+        if not isinstance(codec, PerHead):
+            return (codec.bits_per_element(dim, dtype),) * geometry.kv_heads
+        found = {head: part.codec.bits_per_element(dim, dtype) for part in codec.parts for head in part.heads}
+        return tuple(found[head] for head in sorted(found))
+
+    keys = bits(spec.key_codec, geometry.key_dim, "float32" if spec.framed else "float16")
+    return keys, bits(spec.value_codec, geometry.value_dim, "float16")
 
 
 def plan_scheme(model: Any, config: KVQConfig, adapter: Adapter, itemsize: int = 2) -> SchemePlan:

@@ -12,9 +12,11 @@ from .contenders import AFFINE
 from .errors import KVQError
 from .results import SchemeResult, pareto_front
 
-OURS, THEIRS, FRONT = "#1f5fa8", "#c2571a", "#444444"
+OURS, THEIRS, FRONT, LEADER = "#1f5fa8", "#c2571a", "#444444", "#888888"
+MAJOR, MINOR = "#dddddd", "#eeeeee"  # grids
 LABEL_SIZE, MARK_SIZE = 7.5, 4.7  # points
-DISTANCES = (5, 11, 18, 27, 38, 52, 70)  # points from a mark to its label; farther ones get a line
+WIDE = 8  # inches: narrower figures have their legend above
+DISTANCES = (5, 11, 18, 27, 38, 52, 70, 92, 118)  # points from a mark to its label; farther ones get a line
 DIRECTIONS = tuple((math.cos(a * math.pi / 8), math.sin(a * math.pi / 8)) for a in (1, 15, 7, 9, 3, 13, 5, 11, 4, 12))
 
 
@@ -43,8 +45,8 @@ def plot_frontier(rows: Sequence[SchemeResult], path: Path, title: str) -> None:
     frontier_figure(rows, title).savefig(path)
 
 
-def frontier_figure(rows: Sequence[SchemeResult], title: str) -> Any:
-    """The matplotlib figure of `plot_frontier`, with the same arguments and errors."""
+def frontier_figure(rows: Sequence[SchemeResult], title: str, size: tuple[float, float] = (12, 8)) -> Any:
+    """The matplotlib figure of `plot_frontier`, with the same arguments and errors; `size` in inches."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -53,7 +55,7 @@ def frontier_figure(rows: Sequence[SchemeResult], title: str) -> Any:
     drawn = [(row, kl) for row, kl in measured if 0 < kl < math.inf]
     if not drawn:
         raise KVQError("a plot must have a scheme whose mean KL is above 0 and finite, got none; measure other schemes")
-    figure = Figure(figsize=(12, 8), dpi=130, layout="constrained")
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
     FigureCanvasAgg(figure)  # it can measure texts
     axes = figure.add_subplot()
     axes.set_yscale("log")
@@ -75,13 +77,16 @@ def frontier_figure(rows: Sequence[SchemeResult], title: str) -> Any:
     low, high = min(heights.values()), max(heights.values())
     axes.set_ylim(low / 2.5, high * 2.5)
     axes.margins(x=0.08)
-    axes.set_xlabel("bits per element of packed keys and values, everything stored with them counted")
-    axes.set_ylabel("mean KL(mlx-lm's fp16 cache || scheme), nats a token")
-    axes.set_title(title, fontsize=10)
-    axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
-    axes.grid(True, which="minor", color="#eeeeee", linewidth=0.4)
+    axes.set_xlabel("bits per element of packed keys and values, all-in")
+    axes.set_ylabel("mean KL to the fp16 cache, nats a token")
+    axes.set_title(title, fontsize=10, parse_math=False)
+    axes.grid(True, which="major", color=MAJOR, linewidth=0.6)
+    axes.grid(True, which="minor", color=MINOR, linewidth=0.4)
     axes.set_axisbelow(True)
-    axes.legend(loc="upper right", fontsize=8)
+    if size[0] < WIDE:
+        figure.legend(loc="outside upper left", fontsize=8)
+    else:
+        axes.legend(loc="upper right", fontsize=8)
     exact = [row.scheme for row, kl in measured if kl == 0]
     if exact:
         axes.annotate("KL 0: " + ", ".join(exact), (0.01, 0.01), xycoords="axes fraction", fontsize=LABEL_SIZE)
@@ -100,12 +105,14 @@ def _place_labels(
     marks = [axes.transData.transform((row.bits, kl)) for row, kl in drawn]
     half = MARK_SIZE / 2 * scale + 1
     taken = [(x - half, y - half, x + half, y + half) for x, y in marks]
-    taken.append(axes.get_legend().get_window_extent(renderer).extents)
+    if axes.get_legend() is not None:
+        taken.append(axes.get_legend().get_window_extent(renderer).extents)
     for (x, y), (next_x, next_y) in pairwise(axes.transData.transform(line)):
-        count = 1 + int(math.dist((x, y), (next_x, next_y)) / (4 * scale))
-        places = [(x + (next_x - x) * i / count, y + (next_y - y) * i / count) for i in range(count)]
+        places = _points((x, y), (next_x, next_y), 4 * scale)
         taken += [(px - scale, py - scale, px + scale, py + scale) for px, py in places]
-    inside = axes.get_window_extent(renderer).extents
+    whole, margin = axes.get_window_extent(renderer).extents, 2 * scale
+    inside = (whole[0] + margin, whole[1] + margin, whole[2] - margin, whole[3] - margin)
+    leaders = list[Box]()  # points of the lines from texts to their marks
     names = [row.scheme for row, _ in drawn]
     kinds = [(name.startswith(AFFINE), name in front) for name in names]
     groups = _together(kinds, marks, half / 2)
@@ -119,15 +126,30 @@ def _place_labels(
             fontsize=LABEL_SIZE,
             fontweight="bold" if row.scheme in front else "normal",
             color=THEIRS if row.scheme.startswith(AFFINE) else OURS,
+            parse_math=False,
         )
         size, mark = label.get_window_extent(renderer), marks[group[0]]
-        box = _free_box(mark, size.width, size.height, scale, taken, inside)
+        box = _best_box(mark, size.width, size.height, scale, taken, leaders, inside)
         taken.append(box)
         label.set_position(((box[0] - mark[0]) / scale, (box[1] - mark[1]) / scale))
-        end = (min(max(mark[0], box[0]), box[2]), min(max(mark[1], box[1]), box[3]))
+        end = _nearest(box, mark)
         if math.dist(end, mark) > 1.5 * DISTANCES[0] * scale:
             leader = axes.transData.inverted().transform([mark, end])
-            axes.plot(leader[:, 0], leader[:, 1], color="#888888", linewidth=0.6, zorder=0.5)
+            axes.plot(leader[:, 0], leader[:, 1], color=LEADER, linewidth=0.6, zorder=0.5)
+            leaders += [(x - 1, y - 1, x + 1, y + 1) for x, y in _points(mark, end, 4 * scale)]
+
+
+def _nearest(box: Sequence[float], mark: Sequence[float]) -> tuple[float, float]:
+    """The point of a box that is nearest to a mark."""
+    return min(max(mark[0], box[0]), box[2]), min(max(mark[1], box[1]), box[3])
+
+
+def _points(start: Sequence[float], end: Sequence[float], step: float) -> list[tuple[float, float]]:
+    """Points on a line, about `step` apart, without its end."""
+    count = 1 + int(math.dist(start, end) / step)
+    return [
+        (start[0] + (end[0] - start[0]) * i / count, start[1] + (end[1] - start[1]) * i / count) for i in range(count)
+    ]
 
 
 def _together(kinds: Sequence[Any], marks: Sequence[Any], near: float) -> list[list[int]]:
@@ -146,20 +168,39 @@ def _together(kinds: Sequence[Any], marks: Sequence[Any], near: float) -> list[l
 Box = tuple[float, float, float, float]
 
 
-def _free_box(
-    mark: Sequence[float], width: float, height: float, scale: float, taken: Sequence[Any], inside: Any
+def _best_box(
+    mark: Sequence[float],
+    width: float,
+    height: float,
+    scale: float,
+    taken: Sequence[Any],
+    leaders: Sequence[Box],
+    inside: Box,
 ) -> Box:
-    """The nearest free place for a text of a size around a mark; the last one tried if all are taken."""
-    box: Box = (0.0, 0.0, 0.0, 0.0)
+    """The nearest place for a text around a mark that covers nothing; else one that covers as little as can be.
+
+    Least of all what is `taken`; then the text should not cross `leaders` of other texts, and its own line to the mark
+    nothing that is taken.
+    """
+    obstacles = [box for box in taken if not (box[0] <= mark[0] <= box[2] and box[1] <= mark[1] <= box[3])]
+    best: Box = (mark[0], mark[1], mark[0] + width, mark[1] + height)
+    least: tuple[float, float] = (math.inf, math.inf)
     for distance in DISTANCES:
         for dx, dy in DIRECTIONS:
             x, y = mark[0] + dx * distance * scale, mark[1] + dy * distance * scale
             left = x if dx > 0.1 else x - width if dx < -0.1 else x - width / 2
             box = (left, y - height / 2, left + width, y + height / 2)
-            within = box[0] >= inside[0] and box[1] >= inside[1] and box[2] <= inside[2] and box[3] <= inside[3]
-            if within and not any(_overlap(box, other) for other in taken):
+            if box[0] < inside[0] or box[1] < inside[1] or box[2] > inside[2] or box[3] > inside[3]:
+                continue
+            line = [(px, py, px, py) for px, py in _points(mark, _nearest(box, mark), 2 * scale)]
+            crossed = sum(_overlap(box, other) for other in leaders)
+            crossed += sum(_overlap(point, other) for point in line for other in obstacles)
+            cost: tuple[float, float] = (sum(_overlap(box, other) for other in taken), crossed)
+            if not any(cost):
                 return box
-    return box
+            if cost < least:
+                best, least = box, cost
+    return best
 
 
 def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
@@ -177,28 +218,63 @@ def plot_allocation(bits: Mapping[str, Mapping[int, Sequence[int]]], path: Path,
     Raises:
         KVQError: without matplotlib.
     """
+    bits_figure(bits, title).savefig(path)
+
+
+def bits_figure(
+    bits: Mapping[str, Mapping[int, Sequence[float]]], title: str, *, upright: bool = False, width: float = 12
+) -> Any:
+    """The matplotlib figure of `plot_allocation`.
+
+    Args:
+        bits, title: as there; the bits need not be whole.
+        upright: a row a layer and a panel beside the other, for narrow pages; else a column a layer.
+        width: inches.
+    """
     require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    numbers = {b for layers in bits.values() for heads in layers.values() for b in heads}
-    least, most = min(numbers), max(numbers)
+    numbers = sorted({b for layers in bits.values() for heads in layers.values() for b in heads})
+    norm = LogNorm(numbers[0] / 1.1, numbers[-1] * 1.1)  # so that 16 bits do not make all others one colour
+    sides = {side: list(layers) for side, layers in bits.items()}
     rows = {side: max(len(heads) for heads in layers.values()) for side, layers in bits.items()}
-    figure = Figure(figsize=(12, sum(1.0 + max(0.8, 0.24 * count) for count in rows.values())), dpi=130)
-    figure.set_layout_engine("constrained")
-    panels = figure.subplots(len(bits), 1, squeeze=False, height_ratios=list(rows.values()))[:, 0]
+    lengths = [len(layers) for layers in sides.values()]
+    if upright:
+        figure = Figure(figsize=(width, 1.0 + 0.19 * max(lengths)), dpi=130, layout="constrained")
+        panels = figure.subplots(1, len(bits), squeeze=False, width_ratios=list(rows.values()))[0]
+    else:
+        height = sum(1.0 + max(0.8, 0.24 * count) for count in rows.values())
+        figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+        panels = figure.subplots(len(bits), 1, squeeze=False, height_ratios=list(rows.values()))[:, 0]
+    FigureCanvasAgg(figure)
+    size = 6 if upright and 0.28 * sum(rows.values()) > width else 7
+    written = not upright or 0.2 * sum(rows.values()) <= width  # narrower cells have no room for their numbers
     for axes, (side, layers) in zip(panels, bits.items(), strict=True):
         heads = range(rows[side])
         cells = [[row[h] if h < len(row) else math.nan for row in layers.values()] for h in heads]
-        image = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=least - 0.5, vmax=most + 0.5)
+        mesh = axes.pcolormesh(list(zip(*cells, strict=True)) if upright else cells, cmap="viridis", norm=norm)
         for h, row in enumerate(cells):
             for i, b in enumerate(row):
-                if not math.isnan(b):
-                    color = "white" if b < (least + most) / 2 else "black"
-                    axes.text(i, h, f"{b:g}", ha="center", va="center", fontsize=7, color=color)
-        axes.set_xticks(range(len(layers)), [str(layer) for layer in layers], fontsize=7)
-        axes.set_yticks(heads, [str(h) for h in heads], fontsize=7)
-        axes.set_ylabel(f"{side}s: KV head")
-    panels[-1].set_xlabel("cache entry (layer)")
-    figure.suptitle(title, fontsize=10)
-    figure.colorbar(image, ax=panels, label="bits", ticks=sorted(numbers))
-    figure.savefig(path)
+                if written and not math.isnan(b):
+                    place = (h + 0.5, i + 0.5) if upright else (i + 0.5, h + 0.5)
+                    color = "white" if norm(b) < 0.6 else "black"
+                    axes.text(*place, f"{round(b, 2):g}", ha="center", va="center", fontsize=size, color=color)
+        along, across = (axes.yaxis, axes.xaxis) if upright else (axes.xaxis, axes.yaxis)
+        along.set_ticks([i + 0.5 for i in range(len(layers))], [str(layer) for layer in layers], fontsize=7)
+        across.set_ticks([h + 0.5 for h in heads], [str(h) for h in heads], fontsize=7)
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        axes.invert_yaxis()
+        across.set_label_text(f"{side}s: KV head")
+        along.set_label_text("cache entry (layer)" if axes is panels[0 if upright else -1] else "")
+    if title:
+        figure.suptitle(title, fontsize=10, parse_math=False)
+    if upright and written:
+        return figure
+    bar = figure.colorbar(mesh, ax=panels, label="bits per element" if upright else "bits", ticks=numbers)
+    bar.minorticks_off()
+    bar.ax.set_yticklabels([f"{round(b, 2):g}" for b in numbers], fontsize=7)
+    return figure

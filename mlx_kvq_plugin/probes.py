@@ -54,6 +54,9 @@ class KeyNorms:
         mean_share: energy of the mean key over the mean energy of the keys, with the rotary turn taken back, from 0
             (nothing in common) to 1 (all equal). Without the first tokens, as in the frame's own statistics.
         framed_mean_share: the same of what is encoded, after the key frame; `None` without a frame.
+        channel_peak: energy of the strongest channel over that of the average one, of the keys that are held.
+        framed_channel_peak: the same of what is encoded, after the key frame, before the codec's own rotation; `None`
+            without a frame.
     """
 
     index: int
@@ -63,6 +66,8 @@ class KeyNorms:
     largest_to_median: Heads
     mean_share: Heads
     framed_mean_share: Heads | None
+    channel_peak: Heads
+    framed_channel_peak: Heads | None
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ class LayerTiming:
     seconds: float
 
 
-def _own(entry: Any) -> KVQCache | None:
+def own_cache(entry: Any) -> KVQCache | None:
     """The compressed cache of an entry, alone or a member of a list."""
     members = entry.caches if isinstance(entry, CacheList) else [entry]
     return next((member for member in members if isinstance(member, KVQCache)), None)
@@ -110,7 +115,7 @@ def _own(entry: Any) -> KVQCache | None:
 
 def _compressed(index: int, entry: Any) -> KVQCache | Skipped:
     """The compressed cache of an entry, if it holds tokens."""
-    cache = _own(entry)
+    cache = own_cache(entry)
     if cache is not None:
         return cache if cache.held else Skipped(index, "it holds no tokens")
     if isinstance(entry, BatchKVQCache):
@@ -151,7 +156,15 @@ def _key_norms(index: int, cache: KVQCache) -> KeyNorms:
         largest_to_median=tuple((norms.max(axis=1) / np.maximum(middle, 1e-30)).tolist()),
         mean_share=_mean_share(cache, body, start),
         framed_mean_share=None if framed is None else _mean_share(cache, framed, start),
+        channel_peak=_channel_peak(body),
+        framed_channel_peak=None if framed is None else _channel_peak(framed),
     )
+
+
+def _channel_peak(x: mx.array) -> Heads:
+    """Energy of the strongest channel of `(B, Hkv, L, D)` over the mean of all channels."""
+    energy = mx.mean(x * x, axis=(0, 2))
+    return _by_head(mx.max(energy, axis=-1) / mx.maximum(mx.mean(energy, axis=-1), 1e-30))
 
 
 def _mean_share(cache: KVQCache, x: mx.array, start: int) -> Heads:
@@ -194,14 +207,7 @@ def _distortion(index: int, cache: KVQCache, queries: mx.array | None) -> Distor
         cache = copy.copy(cache)  # the statistics stay with the copy
         if not cache._freeze():
             return Skipped(index, f"{cache.held} tokens are too few for its statistics")
-    start = cache.offset - count
-    body = keys if cache.frame is None else cache.frame.encode(keys, start)
-    codes = cache.key_codec.encode(body, cache.key_statistics)
-    decoded = cache.key_codec.decode(codes, keys.shape[-1], mx.float32, cache.key_statistics)
-    if cache.frame is not None:
-        decoded = cache.frame.decode(decoded, start)
-    codes = cache.value_codec.encode(values, cache.value_statistics)
-    decoded_values = cache.value_codec.decode(codes, values.shape[-1], mx.float32, cache.value_statistics)
+    decoded, decoded_values = recoded(cache, keys, values, cache.offset - count)
     return Distortion(
         index=index,
         tokens=count,
@@ -209,6 +215,17 @@ def _distortion(index: int, cache: KVQCache, queries: mx.array | None) -> Distor
         values=_relative(values - decoded_values, values),
         scores=None if queries is None else _score_errors(queries, keys, decoded),
     )
+
+
+def recoded(cache: KVQCache, keys: mx.array, values: mx.array, start: int) -> tuple[mx.array, mx.array]:
+    """Keys and values `(B, Hkv, L, D)` of positions from `start`, encoded and decoded by a cache with statistics."""
+    body = keys if cache.frame is None else cache.frame.encode(keys, start)
+    codes = cache.key_codec.encode(body, cache.key_statistics)
+    decoded = cache.key_codec.decode(codes, keys.shape[-1], mx.float32, cache.key_statistics)
+    if cache.frame is not None:
+        decoded = cache.frame.decode(decoded, start)
+    codes = cache.value_codec.encode(values, cache.value_statistics)
+    return decoded, cache.value_codec.decode(codes, values.shape[-1], mx.float32, cache.value_statistics)
 
 
 def _relative(error: mx.array, x: mx.array) -> Heads:
@@ -241,7 +258,9 @@ def recorded_queries(caches: Sequence[Any]) -> Iterator[dict[int, mx.array]]:
     """
     found: dict[int, mx.array] = {}
     parts: dict[int, list[mx.array]] = {}
-    watched = [(index, cache) for index, entry in enumerate(caches) for cache in [_own(entry)] if cache is not None]
+    watched = [
+        (index, cache) for index, entry in enumerate(caches) for cache in [own_cache(entry)] if cache is not None
+    ]
 
     def watch(index: int, cache: KVQCache) -> None:
         observe = cache.observe_queries

@@ -153,6 +153,7 @@ class Measurement:
         dtype: of the keys and values that mlx-lm's caches would hold, an MLX dtype name.
         rows: in the order of the schemes.
         joint: as for `measure`.
+        command: that measured them, and `measured` when it ended (ISO 8601); empty in files of earlier versions.
     """
 
     model: str
@@ -163,6 +164,8 @@ class Measurement:
     dtype: str
     rows: tuple[SchemeResult, ...]
     joint: bool = True
+    command: str = ""
+    measured: str = ""
 
     def to_json(self) -> str:
         """One JSON object; numbers that are not finite become null."""

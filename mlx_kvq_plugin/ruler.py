@@ -12,7 +12,7 @@ nothing always run alone, as the reference beside them does: fp16 against fp16 i
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,7 @@ from .layouts import CHUNK
 from .loading import compress
 from .lockstep import can_join, joint_chunk, joint_logits, lockstep, lockstep_modules
 from .needle import Haystack, Retrieval, retrieve
+from .progress import Progress, silent
 from .report import cache_report
 from .results import SchemeResult, TextResult
 from .routing import Globals
@@ -34,8 +35,6 @@ from .schemes import list_schemes, parse_scheme
 
 ROUTES = "identity,sinks=0,recent=0"  # compresses every layer that any scheme does, so that all of them are routed
 TOGETHER = 8  # schemes whose caches are held at a time; the reference runs once for each so many
-
-Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
 
 def check_scheme(name: str) -> None:
@@ -61,10 +60,6 @@ def head_dim(model: Any, unknown_arch: str = "error") -> int:
         return next(plan.geometry.key_dim for plan in compression.maker.plan() if plan.geometry.kv_heads)
 
 
-def _silent(what: str, done: int, of: int) -> None:
-    pass
-
-
 def measure(
     model: Any,
     texts: Mapping[str, Sequence[int]],
@@ -76,7 +71,7 @@ def measure(
     unknown_arch: str = "error",
     source: str = "",
     joint: bool = True,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Iterator[SchemeResult]:
     """Measure schemes against mlx-lm's caches, in their order; results come in groups of `TOGETHER`.
 

@@ -58,13 +58,21 @@ def compressed_member(entry: Any, plan: LayerPlan) -> KVQCache:
     return cache
 
 
+def far_tokens(cache: KVQCache, L: int) -> mx.array:
+    """Which of L tokens `(L, L)` each of L queries reads as codes while decoding, window and causality left aside.
+
+    Codes are `recent` tokens and half a block behind the query, and not among the first `sinks`.
+    """
+    position = mx.arange(L)
+    return (position[:, None] - position >= cache.spec.recent + BLOCK // 2) & (position >= cache.spec.sinks)
+
+
 def shifted_attention(args: AttendArgs, key_shift: mx.array, value_shift: mx.array) -> mx.array:
     """Attention of a whole prompt to its dense tokens, shifted wherever a query would read them as codes.
 
     Args:
         args: of the L tokens that a fresh cache holds, all still dense.
-        key_shift, value_shift: `(B, Hkv, L, D)`, what is added to the tokens for queries from which they are as far
-            as codes are during decoding: `recent` tokens and half a block, and not among the first `sinks`.
+        key_shift, value_shift: `(B, Hkv, L, D)`, what is added to the tokens for the queries of `far_tokens`.
 
     Returns:
         `(B, Hq, L, Dv)` float32; allocates the scores `(B, Hq, L, L)`.
@@ -73,10 +81,7 @@ def shifted_attention(args: AttendArgs, key_shift: mx.array, value_shift: mx.arr
     keys, values = (x.astype(mx.float32) for x in cache.dense_tokens())
     B, Hq, L, Dk = args.queries.shape
     Hkv = keys.shape[1]
-    position = mx.arange(L)
-    distance = position[:, None] - position
-    far = (distance >= cache.spec.recent + BLOCK // 2) & (position >= cache.spec.sinks)
-    far = mx.tile(far.astype(mx.float32), (Hq // Hkv, 1))
+    far = mx.tile(far_tokens(cache, L).astype(mx.float32), (Hq // Hkv, 1))
     queries = (args.queries.astype(mx.float32) * args.scale).reshape(B, Hkv, -1, Dk)
     scores = queries @ keys.swapaxes(-1, -2) + (queries @ key_shift.swapaxes(-1, -2)) * far
     if args.softcap is not None:

@@ -49,7 +49,6 @@ class Config:
     softcap: float | None = None
     dtype: Any = None
     warps: int = 2
-    merge_threads: int = 256
 
     def __str__(self) -> str:
         words = [str(self.kind), f"{self.heads}x{self.repeat}x{self.queries}", self.mask]
@@ -143,8 +142,8 @@ def _plan(call: Call, codecs: tuple[Codec, Codec, Rotary | None], launch: Launch
 def fused(config: Config, args: AttendArgs, on: str, groups: int = 8, rows: Sequence[KVQCache] = ()) -> mx.array:
     """The kernels' output, of the one cache of `args` or of the rows of a batch."""
     caches, call, mask, codecs = prepared_call(rows or [args.cache], len(rows), args, args.mask)
-    launch = Launch(warps=config.warps, groups=groups, merge_threads=config.merge_threads)
-    return _plan(call, codecs, launch, on)(caches, mx.contiguous(args.queries), mask, args.sinks)
+    launch = Launch(warps=config.warps, groups=groups)
+    return _plan(call, codecs, launch, on)(caches, args.queries, mask, args.sinks)
 
 
 def twin(args: AttendArgs) -> mx.array:

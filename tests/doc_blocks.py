@@ -27,8 +27,8 @@ ADDED = {
     "run mlx_lm.chat": "--max-tokens 4",
     "run mlx_lm.benchmark": "-p 64 -g 2 -b 1 -n 1",
 }
-# Commands of minutes: only their arguments are read. tests/test_check.py runs `kvq check` on tiny models.
-PARSED = ("check",)
+# Commands of minutes: only their arguments are read. tests/test_check.py and tests/test_report_page.py run them.
+PARSED = ("check", "report")
 
 _BLOCK = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _BEFORE = re.compile(r"<!-- (prelude|not run):\s*((?:(?!-->).)*?)\s*-->\s*\Z", re.DOTALL)

@@ -29,7 +29,7 @@ const char* const place_names[] = {"running", "ended", "KVQ_BARRIER", "KVQ_WARP_
 
 const size_t stack_bytes = 512 << 10, page = 16 << 10;
 const long margin = 1 << 20;  // bytes around every array that must not be touched
-const int shared_limit = 32 << 10;
+const int shared_limit = 48 << 10;  // of CUDA; metal_check.py knows that of Metal
 
 struct Fiber {
   void* stack_pointer;
@@ -49,6 +49,7 @@ struct Array {
   char* data;
   long bytes;
   std::vector<int> shape;
+  std::vector<int64_t> strides;
 };
 
 struct Shared {
@@ -62,6 +63,7 @@ std::vector<Exchange> exchanges;
 std::vector<Array> arrays;
 std::vector<void*> pointers;
 std::vector<const int*> shapes;
+std::vector<const int64_t*> strides;
 std::vector<Shared> shared;
 long shared_bytes;
 int inputs, current = -1, threads, group[3], order;
@@ -126,7 +128,7 @@ void to_scheduler(bool ends) {
 
 void run_thread() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
-  kvq_host_kernel(pointers.data(), shapes.data());
+  kvq_host_kernel(pointers.data(), shapes.data(), strides.data());
   fibers[current].place = ended;
   to_scheduler(true);
 }
@@ -274,6 +276,19 @@ int kvq_host_group(int axis) { return group[axis]; }
 void kvq_host_barrier(int line) { wait_at(at_barrier, line); }
 void kvq_host_warp_barrier(int line) { wait_at(at_warp_barrier, line); }
 
+void kvq_host_fence() {
+#ifdef KVQ_RACES
+  races::fence(current);
+#endif
+}
+
+kvq_host_word kvq_host_arrive(const kvq_host_word* counter) {
+#ifdef KVQ_RACES
+  races::arrive(counter, current, threads);
+#endif
+  return (*const_cast<kvq_host_word*>(counter))++;
+}
+
 kvq_host_word kvq_host_shuffle(kvq_host_word x, int lane, int line) {
   const int lanes = threads - current / 32 * 32;
   if (lane < 0 || lane >= 32 || lane >= lanes) kvq_host_fail("a shuffle must read lane 0 to %d, got %d", lanes < 32 ? lanes - 1 : 31, lane);
@@ -355,7 +370,7 @@ void kvq_host_shared(void* array, long bytes, const char* name) {
 }
 
 // Integers, all of 64 bits: inputs, outputs, threads of a group, groups along x, y, z; then orders, and each order and
-// its seed; then of each array its bytes, dimensions and shape; then the bytes of the inputs.
+// its seed; then of each array its bytes, dimensions, shape and strides; then the bytes of the inputs.
 int main() {
 #ifndef KVQ_RACES
   __asan_set_error_report_callback([](const char*) { explain(); });
@@ -373,17 +388,24 @@ int main() {
     array.bytes = read_integer();
     array.shape.resize(read_integer());
     for (int& n : array.shape) n = (int)read_integer();
+    array.strides.resize(array.shape.size());
+    for (int64_t& n : array.strides) n = read_integer();
     array.data = allocate(array.bytes);
     pointers.push_back(array.data);
     shapes.push_back(array.shape.data());
+    strides.push_back(array.strides.data());
   }
-  for (int i = 0; i < inputs; i++) read_bytes(arrays[i].data, arrays[i].bytes);
+  std::vector<std::vector<char>> given(inputs), first(count);
+  for (int i = 0; i < inputs; i++) {
+    given[i].resize(arrays[i].bytes);
+    read_bytes(given[i].data(), arrays[i].bytes);
+  }
   fibers.resize(threads);
   exchanges.resize((threads + 31) / 32 * 2);
 
-  std::vector<std::vector<char>> first(count);
   for (size_t run = 0; run < orders.size(); run += 2) {
     order = (int)orders[run], random_state = (uint64_t)orders[run + 1];
+    for (int i = 0; i < inputs; i++) memcpy(arrays[i].data, given[i].data(), arrays[i].bytes);  // counters are written
     for (int i = inputs; i < count; i++) memset(arrays[i].data, 0xFF, arrays[i].bytes);
 #ifdef KVQ_RACES
     races::begin_run();

@@ -5,6 +5,8 @@
 // called, for the report and because two calls in two branches are not the same call.
 #pragma once
 
+#include <stdint.h>
+
 typedef unsigned int kvq_host_word;
 
 // Prints a report that names the running thread and ends the process.
@@ -17,6 +19,11 @@ void kvq_host_barrier(int line);
 void kvq_host_warp_barrier(int line);
 kvq_host_word kvq_host_shuffle(kvq_host_word x, int lane, int line);
 kvq_host_word kvq_host_ballot(bool x, int line);
+
+// What the running thread has stored and loads later, for other groups and from them; and how many groups have come to a
+// counter before. After both and the barriers around them a group may load what those groups have stored.
+void kvq_host_fence();
+kvq_host_word kvq_host_arrive(const kvq_host_word* counter);
 
 // c += a b as preludes define `kvq_mma`, 16 x 8 += 16 x 16 by 16 x 8; with `metal`, lanes hold what those of Metal hold.
 void kvq_host_mma(float* c, const kvq_host_word* a, const kvq_host_word* b, bool metal, int line);
@@ -45,4 +52,4 @@ static inline int kvq_host_metal_lane(int row, int col) {
 
 // Of the generated text: what the arrays are called, how many are read, and the kernel of one thread.
 extern const char* const kvq_host_names[];
-void kvq_host_kernel(void* const* arrays, const int* const* shapes);
+void kvq_host_kernel(void* const* arrays, const int* const* shapes, const int64_t* const* strides);

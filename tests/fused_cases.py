@@ -45,7 +45,7 @@ class Case:
     first: int = 0
     norm: float = 1.0
     seed: int = 0
-    launch: Launch = field(default_factory=lambda: Launch(warps=2, groups=8, merge_threads=256))
+    launch: Launch = field(default_factory=lambda: Launch(warps=2, groups=8))
 
 
 def filled(case: Case) -> KVQCache:

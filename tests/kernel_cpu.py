@@ -165,6 +165,9 @@ class CpuKernel:
             if name in self.inputs and f"{name}_shape" in self.source:
                 parameters.append(f"const int* {name}_shape")
                 arguments.append(f"shapes[{i}]")
+            if name in self.inputs and f"{name}_strides" in self.source:
+                parameters.append(f"const int64_t* {name}_strides")
+                arguments.append(f"strides[{i}]")
             if name in self.inputs and f"{name}_ndim" in self.source:
                 raise KernelRunError(f"kernels must not ask for the dimensions of {name}, they are constants")
         if self.metal:
@@ -186,7 +189,8 @@ class CpuKernel:
             f'#line 1 "{self.name}_body"\n'
             f"static void kvq_body({', '.join(parameters)}) {{\n#line 1\n{self.source}\n}}\n"
             f"const char* const kvq_host_names[] = {{{listed}}};\n"
-            f"void kvq_host_kernel(void* const* arrays, const int* const* shapes) {{ {body}; }}\n"
+            "void kvq_host_kernel(void* const* arrays, const int* const* shapes, const int64_t* const* strides) {\n"
+            f"{body};\n}}\n"
             f"// {(HERE / 'fibers.h').read_text()!r} {shim!r}\n"
         )
 
@@ -232,11 +236,12 @@ class CpuKernel:
         numbers += [number for order in self.orders for number in order]
         data = []
         for name, array in arrays:
-            data.append(_bytes(name, array))
-            numbers += [len(data[-1]), array.ndim, *array.shape]
+            held, strides = _bytes(name, array, f"{name}_strides" in self.source)
+            data.append(held)
+            numbers += [len(held), array.ndim, *array.shape, *strides]
         sizes = [int(np.prod(shape, dtype=np.int64)) * dtype.size for _, shape, dtype in outputs]
         for (_, shape, _), size in zip(outputs, sizes, strict=True):
-            numbers += [size, len(shape), *shape]
+            numbers += [size, len(shape), *shape, *shape]
         written = _run(self.name, program, struct.pack(f"<{len(numbers)}q", *numbers) + b"".join(data))
         found, at = [], 0
         for (_, shape, dtype), size in zip(outputs, sizes, strict=True):
@@ -257,8 +262,10 @@ def _groups(grid: Sequence[int], threadgroup: Sequence[int]) -> tuple[int, list[
     return threads, [grid[0] // threads, grid[1], grid[2]]
 
 
-def _bytes(name: str, array: mx.array) -> bytes:
-    """What lies in memory: one element of a view in which all are the same, else the elements in row-major order."""
+def _bytes(name: str, array: mx.array, strided: bool) -> tuple[bytes, list[int]]:
+    """What lies in memory, and strides in elements: one element of a view in which all are the same, else all of them,
+    in row-major order or, with `strided`, as they lie, what is between them being 0xFF.
+    """
     if array.ndim == 0:
         raise KernelRunError(f"input {name} must have a dimension: on Metal a number is no pointer")
     array = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
@@ -266,9 +273,15 @@ def _bytes(name: str, array: mx.array) -> bytes:
     if array.size and not any(stride for stride, n in zip(view.strides or (), array.shape, strict=True) if n > 1):
         view = memoryview(array[(slice(0, 1),) * array.ndim])  # the whole may have more elements than NumPy can count
     host = np.asarray(view)
+    strides = [stride // host.itemsize for stride in host.strides]
+    if strided:
+        last = sum((n - 1) * stride for n, stride in zip(host.shape, strides, strict=True))
+        memory = np.full((last + 1) * host.itemsize, 0xFF, np.uint8).view(host.dtype)
+        np.lib.stride_tricks.as_strided(memory, host.shape, host.strides)[...] = host
+        return memory.tobytes(), strides
     if not host.flags.c_contiguous:
         raise KernelRunError(f"input {name} must be row-contiguous, got strides {host.strides} of shape {host.shape}")
-    return host.tobytes()
+    return host.tobytes(), [0] * array.ndim
 
 
 def _run(name: str, program: Path, data: bytes) -> bytes:
@@ -323,8 +336,8 @@ BACKENDS: dict[str, dict[str, Any]] = {
 def register_backends() -> None:
     """Add the backends of this module to `build`."""
     for name, options in BACKENDS.items():
-        byte_products = "metal" not in name
-        build.register_backend(name, partial(cpu_kernel, **options), options.get("prelude", "cpu"), byte_products)
+        like = build.METAL if "metal" in name else build.CUDA
+        build.register_backend(name, partial(cpu_kernel, **options), options.get("prelude", "cpu"), like)
 
 
 def why_not() -> str:

@@ -138,7 +138,7 @@ def _recursive(text: str) -> list[str]:
 def signature(
     names: Sequence[str], dtypes: Sequence[mx.Dtype], shapes: Sequence[Sequence[int]], inputs: int, source: str
 ) -> str:
-    """Parameters as MLX writes them: small inputs lie in constant memory, `<name>_shape` is there if it occurs."""
+    """Parameters as MLX writes them: small inputs lie in constant memory, shapes and strides come if they occur."""
     parameters = []
     for i, (name, dtype, shape) in enumerate(zip(names, dtypes, shapes, strict=True)):
         size = 1
@@ -149,6 +149,8 @@ def signature(
             parameters.append(f"const {space} {MSL_TYPES[dtype]}* {name}")
             if f"{name}_shape" in source:
                 parameters.append(f"const constant int* {name}_shape")
+            if f"{name}_strides" in source:
+                parameters.append(f"const constant int64_t* {name}_strides")
         else:
             parameters.append(f"device {MSL_TYPES[dtype]}* {name}")
     for name, kind in ATTRIBUTES.items():

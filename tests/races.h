@@ -1,11 +1,14 @@
 // Finds threads that touch the same memory with nothing between them. The compiler reports every access of a kernel
 // text (-fsanitize=thread), this decides: two threads of a group are ordered by a KVQ_BARRIER, lanes of a warp by a
 // KVQ_WARP_BARRIER too, by shuffles, votes and products not. Barriers order shared memory alone, as on Metal: what one
-// thread writes to an output no other may touch.
+// thread writes to an output another may only read if its group has arrived at a counter at which the group of the other
+// has arrived, too, with a fence and a barrier before it, and a barrier and a fence after it.
 #pragma once
 
 #include <stdint.h>
 
+#include <map>
+#include <set>
 #include <vector>
 
 namespace races {
@@ -39,10 +42,33 @@ inline void watch(const void* begin, long bytes, const char* name, bool shared) 
     if (region.begin == begin) return;
   regions.push_back({(const char*)begin, (const char*)begin + bytes, name, shared, std::vector<Cell>(bytes)});
 }
-inline void begin_group() { group_number++, group_turn++; }
-inline void begin_run() { regions.clear(); }
 inline void group_barrier() { group_turn++; }
 inline void warp_barrier(int warp) { warp_turn[warp]++; }
+
+// Groups that have arrived at each counter, and what that makes visible to the running group.
+inline std::map<const void*, std::set<int>> arrived;
+inline std::set<int> seen;
+inline int arrival_turn, fence_turn[1024];  // of the group, in its count of barriers
+inline bool unfenced[1024];                 // whether a thread has written to an output since its last fence
+
+inline void fence(int thread) {
+  unfenced[thread] = false;
+  fence_turn[thread] = group_turn;
+}
+inline void arrive(const void* counter, int thread, int threads) {
+  for (int i = 0; i < threads; i++) {
+    if (unfenced[i]) kvq_host_fail("a fence must follow what thread %d has written to outputs before its group arrives", i);
+    if (i != thread && fence_turn[i] == group_turn)
+      kvq_host_fail("a barrier must stand between the fence of thread %d and the arrival of its group", i);
+  }
+  arrived[counter].insert(group_number);
+  seen.insert(arrived[counter].begin(), arrived[counter].end());
+  arrival_turn = group_turn;
+}
+// Whether a thread may read what a group has written.
+inline bool visible(int group, int thread) {
+  return seen.count(group) && fence_turn[thread] > arrival_turn;
+}
 
 // Another thread than `thread` of those that an entry stands for and that no barrier has ordered; -1 if there is none.
 inline int unordered(const Access& before, int thread) {
@@ -63,6 +89,17 @@ inline void note(Access& access, int thread) {
   access.thread = thread, access.group_turn = group_turn, access.warp_turn = warp_turn[warp];
 }
 
+inline void begin_group() {
+  group_number++, group_turn++;
+  seen.clear();
+  arrival_turn = -1;
+  for (int i = 0; i < 1024; i++) unfenced[i] = false, fence_turn[i] = -1;
+}
+inline void begin_run() {
+  regions.clear();
+  arrived.clear();
+}
+
 inline void touch(const void* address, int bytes, bool writes, int thread) {
   const char* at = (const char*)address;
   for (Region& region : regions) {
@@ -75,11 +112,15 @@ inline void touch(const void* address, int bytes, bool writes, int thread) {
         if (other >= 0)
           kvq_host_fail("a barrier must stand between accesses of threads %d and %d to byte %ld of shared array '%s', of "
                         "which one is a write", other, thread, i, region.name);
-      } else if (cell.write.thread >= 0 && (cell.group != group_number || cell.write.thread != thread)) {
+      } else if (cell.write.thread >= 0 && (cell.group != group_number || cell.write.thread != thread) &&
+                 (writes || !visible(cell.group, thread))) {
         kvq_host_fail("byte %ld of output array '%s' must be touched by one thread only, got thread %d of %s group and "
                       "thread %d", i, region.name, cell.write.thread, cell.group == group_number ? "this" : "an earlier",
                       thread);
       }
+      if (!region.shared && writes && arrival_turn == group_turn)
+        kvq_host_fail("a barrier must stand between what thread %d writes to outputs and the arrival of its group", thread);
+      if (!region.shared && writes) unfenced[thread] = true;
       note(writes ? cell.write : cell.read, thread);
       if (writes) cell.group = group_number;
     }

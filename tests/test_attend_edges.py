@@ -118,6 +118,19 @@ def spoiled(cache: KVQCache) -> None:
 
 @pytest.mark.parametrize("on", EVERYWHERE)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_queries_may_have_any_strides(config: Config, on: str) -> None:
+    args = case_of(config, Contents(Shape(2, config.heads, 70, config.queries + 5, 4, 9, 30, 20, 1.0, 3), 2))
+    expected = fused(config, args, on)
+    tokens_first = mx.contiguous(args.queries.swapaxes(1, 2)).swapaxes(1, 2)
+    wide = mx.repeat(args.queries, 2, axis=-1)[..., ::2]
+    part = mx.concatenate([args.queries, args.queries * mx.nan], axis=1)[:, : args.queries.shape[1]]
+    for queries in (tokens_first, wide, part):
+        mx.eval(queries)
+        assert mx.array_equal(fused(config, replace(args, queries=queries), on), expected)
+
+
+@pytest.mark.parametrize("on", EVERYWHERE)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_rows_without_a_token_do_not_matter(config: Config, on: str) -> None:
     for packed, slack in ((1, 63), (63, 1), (64, 64), (70, 58), (129, 100)):
         shape = Shape(2, config.heads, packed, config.queries + 5, 4, 9, slack, 20, 1.0, packed)

@@ -57,7 +57,6 @@ def code_configs() -> list[Config]:
                 softcap=4.0 if n % 8 == 2 else None,
                 dtype=queries,
                 warps=(2, 1, 4, 3, 2)[n % 5],
-                merge_threads=(256, 512, 128)[n % 3],
             )
         )
     return found

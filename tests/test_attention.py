@@ -293,23 +293,24 @@ def test_pieces_of_tokens_give_what_all_give_at_once(codecs: tuple[str, str], to
 
 
 @pytest.mark.parametrize(
-    ("device", "least", "new", "waits"), [("", 0, 40, 0), ("gpu", 0, 40, 1), ("gpu", 2**40, 40, 0), ("gpu", 0, 3, 0)]
+    ("device", "least", "new", "waits"), [("", 0, 40, 0), ("gpu", 0, 40, 3), ("gpu", 2**40, 40, 0), ("gpu", 0, 3, 0)]
 )
-def test_layers_with_a_large_past_are_waited_for_in_prefill_chunks_on_gpus(device, least, new, waits, monkeypatch):
-    cache, queries = filled(300, new, spec=LayerSpec("affine4", "affine4"))  # no kernels
+def test_few_layers_with_a_large_past_are_queued_in_prefill_chunks_on_gpus(device, least, new, waits, monkeypatch):
     monkeypatch.setattr(attention, "backend", lambda: device)
     monkeypatch.setattr(attention, "LARGE_NBYTES", least)
-    waited, evaluate = [], mx.eval
-
-    def seen(*arrays: object) -> None:
-        waited.append(arrays)
-        evaluate(*arrays)
-
-    monkeypatch.setattr(mx, "eval", seen)
-    output = attend(AttendArgs(queries, cache, 1.0, "causal", None, mx.float32, mx.float32))
-    assert len(waited) == waits
-    for found in waited:
-        assert found[0] is output and found[1:] == (cache.key_planes, cache.value_planes)
+    monkeypatch.setattr(attention, "_queue", attention._Queue())
+    started, waited, evaluate = [], [], mx.eval
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: started.append(arrays))
+    monkeypatch.setattr(mx, "eval", lambda *arrays: (waited.append(arrays), evaluate(*arrays)))
+    for layer in range(5):
+        cache, queries = filled(300, new, spec=LayerSpec("affine4", "affine4"))  # no kernels
+        output = attend(AttendArgs(queries, cache, 1.0, "causal", None, mx.float32, mx.float32))
+        if waits:
+            done, *planes = started[layer]
+            assert done.size == 1 and mx.array_equal(done, output[:1, :1, :1, :1])
+            assert planes == [cache.key_planes, cache.value_planes]
+    assert len(started) == (5 if waits else 0) and len(waited) == waits
+    assert all(found == (own[0],) for found, own in zip(waited, started, strict=False))  # the oldest first
 
 
 def test_attention_packs_what_overflows_only_after_the_newest_tokens_were_seen_exactly():

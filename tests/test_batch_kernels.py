@@ -72,7 +72,7 @@ def test_rows_of_a_batch_decode_in_one_launch_and_pack_as_alone(on_cuda: list[st
         mask = batch.make_mask(1)
         on_cuda.clear()
         got = step(batch, keys, values, queries, mask)
-        assert on_cuda == ["attend", "merge"]
+        assert on_cuda == ["attend"]
         assert batch.pending == i % PENDING + 1
         for row, cache in enumerate(alone):
             own = slice(row, row + 1)

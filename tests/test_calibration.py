@@ -127,7 +127,12 @@ def test_weights_are_means_over_the_sequences(tiny: Path) -> None:
     texts = [corpus_text("prose")[:400], corpus_text("code")[:400]]
     steps = []
     both = kvq.calibrate(
-        loaded, tokenizer, texts=texts, sequences=2, length=128, done=lambda step, of: steps.append((step, of))
+        loaded,
+        tokenizer,
+        texts=texts,
+        sequences=2,
+        length=128,
+        progress=lambda what, step, of: steps.append((step, of)),
     )
     alone = [kvq.calibrate(loaded, tokenizer, texts=[text], sequences=1, length=128) for text in texts]
     for layer, heads in both.sensitivities[ACTIVATION][KEY].items():
@@ -136,7 +141,7 @@ def test_weights_are_means_over_the_sequences(tiny: Path) -> None:
     for family, side in both.curves:  # of both texts
         parts = [one.curves[family, side].measured(3) for one in alone if 3 in both.curves[family, side].bits]
         assert not parts or both.curves[family, side].measured(3) == pytest.approx(np.mean(parts), rel=1e-4)
-    assert steps == [(1, 2), (2, 2)] and both.corpus not in {one.corpus for one in alone}
+    assert steps == [(0, 2), (1, 2), (2, 2)] and both.corpus not in {one.corpus for one in alone}
     assert both.model == "mlx_lm.models.llama"
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections import Counter
 from pathlib import Path
 
 import pytest
-import tomllib
 from mlx_lm.utils import load_tokenizer
 
 import mlx_kvq_plugin as kvq

@@ -62,16 +62,14 @@ def test_launch_sizes_of_unknown_devices_are_the_default() -> None:
     for name in sizes:
         launch = launch_sizes(name)
         assert 32 * launch.warps <= 1024
-        assert launch.merge_threads % 32 == 0
-        assert launch.merge_threads <= 1024
 
 
 def test_kernels_that_need_registers_get_fewer_groups() -> None:
-    launch = Launch(warps=4, groups_per_core=3, groups=396, merge_threads=512)
+    launch = Launch(warps=4, groups_per_core=3, groups=396)
     few = Call(1, 0, 8, 4, 1, 128, 128, "kvq_bfloat", "kvq_bfloat", 0.1, 0.0, False, (), "", "")
     three, four = get_codec("tq3"), get_codec("tq4")
     assert fitting_launch(few, three, three, launch) == launch
-    fewer = Launch(warps=4, groups_per_core=2, groups=264, merge_threads=512)
+    fewer = Launch(warps=4, groups_per_core=2, groups=264)
     assert fitting_launch(few, four, three, launch) == fitting_launch(few, three, four, launch) == fewer
     for other in (replace(few, repeat=8), replace(few, queries=2), replace(few, value_dim=256)):
         assert fitting_launch(other, three, three, launch) == fewer

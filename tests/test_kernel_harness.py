@@ -32,7 +32,7 @@ BROKEN = {
     ),
     "shared index": ("KVQ_SHARED_ARRAY(float, s, 32); s[KVQ_THREAD] = x[0]; y[KVQ_THREAD] = s[0];", "index 32 out of"),
     "local index": ("int a[4] = {0, 0, 0, 0}; y[KVQ_THREAD] = (float)a[KVQ_THREAD];", "index 4 out of bounds"),
-    "shared size": ("KVQ_SHARED_ARRAY(float, s, 8193); s[KVQ_THREAD] = x[0]; y[KVQ_THREAD] = s[0];", "at most 32768"),
+    "shared size": ("KVQ_SHARED_ARRAY(float, s, 12289); s[KVQ_THREAD] = x[0]; y[KVQ_THREAD] = s[0];", "at most 49152"),
     "shift": ("y[KVQ_THREAD] = (float)(1 << KVQ_THREAD);", "shift exponent 32 is too large"),
     "unaligned load": (
         "kvq_uint w[4]; kvq_load16((KVQ_DEVICE const kvq_byte*)x + 4 * KVQ_THREAD, w); y[KVQ_THREAD] = (float)w[0];",
@@ -169,6 +169,37 @@ def test_races_of_many_are_found(race: str) -> None:
     body, report = RACES[race]
     with pytest.raises(KernelRunError, match=re.escape(report)):
         run_body(body, {"x": X}, OUT, "cpu-races", threads=64)
+
+
+# What a group does between its writes and reads of what others have written, and the report where it is not enough.
+ARRIVAL = "if (KVQ_THREAD == 0) s[0] = kvq_arrive(n);"
+ARRIVALS = {
+    f"KVQ_FENCE(); KVQ_BARRIER(); {ARRIVAL} KVQ_BARRIER(); KVQ_FENCE();": "",
+    f"KVQ_BARRIER(); {ARRIVAL} KVQ_BARRIER(); KVQ_FENCE();": "a fence must follow what thread 0 has written to outputs",
+    f"KVQ_FENCE(); {ARRIVAL} KVQ_BARRIER(); KVQ_FENCE();": "a barrier must stand between what thread 1 writes",
+    f"KVQ_FENCE(); {ARRIVAL.replace('== 0', '== 63')} KVQ_BARRIER(); KVQ_FENCE();": "the fence of thread 0 and the",
+    f"KVQ_FENCE(); KVQ_BARRIER(); {ARRIVAL} KVQ_FENCE(); KVQ_BARRIER();": "must be touched by one thread only",
+    f"KVQ_FENCE(); KVQ_BARRIER(); {ARRIVAL} KVQ_BARRIER();": "must be touched by one thread only",
+    f"KVQ_FENCE(); KVQ_BARRIER(); {ARRIVAL.replace('(n)', '(n + KVQ_GROUP_X)')} KVQ_BARRIER(); KVQ_FENCE();": (
+        "must be touched by one thread only, got thread 1 of an earlier group"
+    ),
+}
+
+
+@pytest.mark.parametrize("between", ARRIVALS)
+def test_a_group_sees_what_groups_have_stored_that_arrived_before(between: str) -> None:
+    body = f"""KVQ_SHARED_ARRAY(kvq_uint, s, 1); y[64 * KVQ_GROUP_X + KVQ_THREAD] = x[KVQ_THREAD];
+    {between}
+    if (KVQ_GROUP_X == 1) z[KVQ_THREAD] = y[KVQ_THREAD ^ 1] + y[64 + (KVQ_THREAD ^ 40)];"""
+    inputs = {"x": X, "n": mx.zeros((2,), dtype=mx.uint32)}
+    outputs = {"y": ((128,), mx.float32), "z": ((64,), mx.float32)}
+    if not ARRIVALS[between]:
+        _, got = run_body(body, inputs, outputs, "cpu-races", threads=64, groups=(2, 1, 1))
+        at = np.arange(64)
+        assert np.array_equal(np.array(got), np.array(X)[at ^ 1] + np.array(X)[at ^ 40])
+    else:
+        with pytest.raises(KernelRunError, match=ARRIVALS[between]):
+            run_body(body, inputs, outputs, "cpu-races", threads=64, groups=(2, 1, 1))
 
 
 def test_races_of_groups_are_found() -> None:

@@ -12,7 +12,7 @@ import metal_check
 import mlx.core as mx
 import numpy as np
 import pytest
-from kernel_cpu import run_body
+from kernel_cpu import KernelRunError, run_body
 
 if kernel_cpu.why_not():
     pytest.skip(kernel_cpu.why_not(), allow_module_level=True)
@@ -253,8 +253,28 @@ def test_functions_of_bytes() -> None:
     np.testing.assert_allclose(got[2].view(np.float32), 1 / x, rtol=1e-6)
 
 
+@pytest.mark.parametrize("on", PRELUDES)
+def test_stored_numbers_are_loaded_together(on: str) -> None:
+    body = "float a[2], b[4], c[8];\nkvq_load_stored<2>(x + 2, a); kvq_load_stored<4>(x + 4, b);\n"
+    body += "kvq_load_stored<8>(x, c);\n"
+    body += "if (KVQ_LANE == 0) for (int i = 0; i < 8; i++) o[i] = c[i] + 10 * b[i % 4] + 100 * a[i % 2];"
+    (got,) = run_body(body, {"x": mx.arange(8.0)}, {"o": ((8,), mx.float32)}, on)
+    assert got.tolist() == [i + 10 * (4 + i % 4) + 100 * (2 + i % 2) for i in range(8)]
+    if on != "cpu-metal":
+        with pytest.raises(KernelRunError, match="a load of 16 bytes must be aligned"):
+            run_body("float a[4]; kvq_load_stored<4>(x + 2, a);", {"x": mx.arange(8.0)}, {"o": ((1,), mx.float32)}, on)
+
+
+def test_groups_are_counted_anew_in_each_order() -> None:
+    # All but the order in which groups come is the same: the last one finds that all others have arrived.
+    body = "if (kvq_arrive(n) + 1 == 3) o[0] = 1.0f + (float)kvq_arrive(n + 1);"
+    counters = mx.zeros((2,), dtype=mx.uint32)
+    (got,) = run_body(body, {"n": counters}, {"o": ((1,), mx.float32)}, "cpu-orders", threads=1, groups=(3, 1, 1))
+    assert got.item() == 1
+
+
 def test_every_function_of_the_preludes_is_tested_here() -> None:
     private = {"kvq_as_uint", "kvq_as_half2"}
     functions = {name for name, counts in CUDA.items() if name.startswith("kvq_") and -1 not in counts}
     here = Path(__file__).read_text()
-    assert {name for name in functions - private if not re.search(rf"\b{name}\(", here)} == set()
+    assert {name for name in functions - private if not re.search(rf"\b{name}[(<]", here)} == set()

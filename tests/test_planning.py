@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +16,7 @@ from mlx_kvq_plugin.attention import AttendArgs, attend
 from mlx_kvq_plugin.errors import UnsupportedModelError
 from mlx_kvq_plugin.handle import KVHandle
 from mlx_kvq_plugin.layouts import CHUNK
-from mlx_kvq_plugin.planning import SchemePlan, adapter_of, longest_context, plan_caches, plan_scheme
+from mlx_kvq_plugin.planning import SchemePlan, adapter_of, head_bits, longest_context, plan_caches, plan_scheme
 from mlx_kvq_plugin.skeleton import estimate_weights, model_dtype, model_skeleton, trained_positions
 
 QWEN3_8B = {
@@ -214,6 +215,35 @@ def test_average_bits_are_those_of_the_bytes(scheme: str) -> None:
 
     expected = sum(planned(k, v) * p * q for k, p in around(config.key) for v, q in around(config.value))
     assert plan_scheme(model, config, adapter_of(model)).nbytes(5000) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "sides"),
+    [
+        ("tq3", (3.25, 3.25)),
+        ("affine4", (5.0, 4.5)),  # scales of framed keys are float32
+        ("affine4,frame=off", (4.5, 4.5)),
+        ("k=tq4,v=tq2", (4.25, 2.25)),
+        ("fp16", (16.0, 16.0)),
+    ],
+)
+def test_bits_of_every_head(scheme: str, sides: tuple[float, float]) -> None:
+    model = tiny_models.llama()
+    plan = plan_scheme(model, kvq.parse_scheme(scheme), adapter_of(model))
+    assert [head_bits(layer) for layer in plan.layers] == [tuple((bits,) * 2 for bits in sides)] * 3
+
+
+def test_bits_of_heads_with_codecs_of_their_own_and_of_layers_without_keys() -> None:
+    model = tiny_models.falcon_h1()
+    (layer, *_) = plan_scheme(model, kvq.parse_scheme("tq4,frame=off"), adapter_of(model)).layers
+    heads = layer.geometry.kv_heads
+    names = [f"tq{1 + i % 3}" for i in range(heads)]
+    spec = replace(layer.spec, key="+".join(names))
+    keys, values = head_bits(replace(layer, spec=spec))
+    assert keys == tuple(float(name[2:]) + 0.25 for name in names) and values == (4.25,) * heads
+    assert sum(keys) / heads == pytest.approx(spec.bits_per_element(64, 64)[0])
+    nothing = replace(layer, spec=None, geometry=replace(layer.geometry, kv_heads=0))
+    assert head_bits(nothing) == ((), ())
 
 
 def test_the_longest_context_fits_and_one_token_more_does_not() -> None:

@@ -21,6 +21,7 @@ from mlx_kvq_plugin.cache import KVQCache
 from mlx_kvq_plugin.config import LayerSpec
 from mlx_kvq_plugin.corpus import corpus_text
 from mlx_kvq_plugin.errors import CacheStateError, UnsupportedModelError
+from mlx_kvq_plugin.frame import SKIP_TOKENS
 from mlx_kvq_plugin.probes import (
     Distortion,
     KeyNorms,
@@ -99,6 +100,20 @@ def test_the_mean_keys_share_is_large_before_the_frame_and_nothing_after_it() ->
     (plain,) = key_norms([filled(LayerSpec("tq4", "tq4", frame=False), keys, keys)])
     np.testing.assert_allclose(plain.mean_share, found.mean_share, atol=0.01)
     assert plain.framed_mean_share is None
+
+
+def test_the_strongest_channel_is_named_before_and_after_the_frame() -> None:
+    keys = mx.random.normal((1, 2, 100, 64), key=mx.random.key(0))
+    keys[0, 1, :, 5] *= 10.0
+    (found,) = key_norms([filled(LayerSpec("identity", "identity"), keys, keys)])
+    assert isinstance(found, KeyNorms) and found.framed_channel_peak is None
+    energy = np.mean(numbers(keys)[0, :, SKIP_TOKENS:] ** 2, axis=1)
+    np.testing.assert_allclose(found.channel_peak, energy.max(axis=1) / energy.mean(axis=1), rtol=1e-5)
+    assert found.channel_peak[1] > 20 > 2 > found.channel_peak[0]
+    common = turned_keys(400, common=0.8)
+    common[0, 1, :, 31] += 40.0  # of the slowest pair: what all keys have in common is no outlier in the frame
+    (framed,) = key_norms([filled(LayerSpec("tq4", "tq4"), common, common)])
+    assert framed.framed_channel_peak[1] < 0.5 * framed.channel_peak[1]
 
 
 def test_a_mean_that_moves_later_is_seen_after_the_frame() -> None:
@@ -304,7 +319,7 @@ def test_the_three_tables(run: Run, tiny: Path) -> None:
     tables = {line.split()[0]: line for line in lines if line}
     assert {"norms", "relative", "attention", "layer"} <= set(tables)
     rows = [line.split() for line in lines if line.startswith("    1 ")]
-    assert [len(row) for row in rows] == [7, 8, 5]
+    assert [len(row) for row in rows] == [9, 8, 5]
     assert rows[2][1:4] == ["4", f"{17 * 14}", f"{17 * 14 - 20}"]
     assert lines[-2:] == [f"layer {i} left out: edge layer (edges=1)" for i in (0, 2)]
 

@@ -8,11 +8,26 @@ is gone.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from importlib.metadata import version
 
 from ..errors import KVQError
-from . import calibrate, check, evaluate, generate, models, plan, prompts, run, schemes, serve, theory
+from . import (
+    calibrate,
+    check,
+    completion,
+    evaluate,
+    generate,
+    models,
+    plan,
+    prompts,
+    report,
+    run,
+    schemes,
+    serve,
+    theory,
+)
 from .arguments import Parser, complain
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells count signals: 128 + SIGINT, 128 + SIGPIPE
@@ -28,14 +43,17 @@ def _parser() -> Parser:
     versions = f"kvq {version('mlx-kvq-plugin')} (mlx-lm {version('mlx-lm')}, mlx {version('mlx')})"
     parser.add_argument("--version", action="version", version=versions)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for group in (generate, prompts, schemes, plan, models, run, serve, check, evaluate, calibrate, theory):
+    groups = (generate, prompts, schemes, plan, report, models, run, serve, check, evaluate, calibrate, theory)
+    for group in groups:
         group.add_commands(commands)
+    completion.add_commands(commands, parser)
     return parser
 
 
 def _run(argv: list[str] | None) -> int:
     try:
         arguments = _parser().parse_args(argv)
+        arguments.command_line = shlex.join(["kvq", *(sys.argv[1:] if argv is None else argv)])
         code: int = arguments.run(arguments)
         return code
     except KVQError as error:

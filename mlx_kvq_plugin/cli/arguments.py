@@ -97,6 +97,16 @@ def add_weight_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_progress_option(parser: argparse.ArgumentParser) -> None:
+    """Whether bars are shown."""
+    parser.add_argument(
+        "--no-progress",
+        dest="progress",
+        action="store_false",
+        help="no progress bars on stderr; there are none anyway where it is not a terminal",
+    )
+
+
 def add_arch_option(parser: argparse.ArgumentParser) -> None:
     """What happens to architectures without a model adapter."""
     parser.add_argument(

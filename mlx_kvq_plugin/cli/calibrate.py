@@ -11,20 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
-
 from ..allocation import GRADIENT, SENSITIVITIES, SIDES, Allocation, Budget, Component, predicted_gain, total_distortion
 from ..calibration import Calibration, calibrate
 from ..calibration_files import FILE_NAME, load_calibration, push_calibration, save_calibration
 from ..corpus import CORPUS
 from ..plots import plot_allocation, require_matplotlib
+from ..progress import progress_bar
 from ..schemes import format_scheme, parse_scheme
 from .arguments import (
     MODEL_HELP,
     UsageError,
     add_arch_option,
     add_command,
+    add_progress_option,
     add_weight_options,
     note,
     output_file,
@@ -59,9 +58,7 @@ def _run_calibrate(options: argparse.Namespace) -> int:
     out = _out(options.out, resolve_model(options.model))
     loaded = load_model(options.model, options.float32)
     started = time.perf_counter()
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("calibrating", total=options.sequences)
+    with progress_bar(options.progress) as progress:
         calibration = calibrate(
             loaded.model,
             loaded.tokenizer,
@@ -71,7 +68,7 @@ def _run_calibrate(options: argparse.Namespace) -> int:
             seed=options.seed,
             source=loaded.source,
             unknown_arch=options.unknown_arch,
-            done=lambda step, steps: progress.update(task, completed=step, total=steps),
+            progress=progress,
         )
     save_calibration(out, calibration)
     seconds = time.perf_counter() - started
@@ -224,6 +221,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawn tokens (default: 0)")
     add_arch_option(parser)
     add_weight_options(parser)
+    add_progress_option(parser)
 
     push = add_command(
         commands,

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..checking import IDENTITY, LEAST_TOKENS, MAX_KL, Check, check_model
+from ..progress import progress_bar
 from ..schemes import format_scheme, parse_scheme
 from .arguments import (
     DEFAULT_SCHEME,
@@ -15,6 +16,7 @@ from .arguments import (
     UsageError,
     add_arch_option,
     add_command,
+    add_progress_option,
     add_weight_options,
     positive,
 )
@@ -32,16 +34,18 @@ def _run_check(options: argparse.Namespace) -> int:
             print(check.row(width), flush=True)
 
     loaded = load_model(options.model, options.float32)
-    report = check_model(
-        loaded.model,
-        loaded.tokenizer,
-        schemes,
-        tokens=options.tokens,
-        unknown_arch=options.unknown_arch,
-        source=loaded.source,
-        max_kl=options.max_kl,
-        done=show,
-    )
+    with progress_bar(options.progress) as progress:
+        report = check_model(
+            loaded.model,
+            loaded.tokenizer,
+            schemes,
+            tokens=options.tokens,
+            unknown_arch=options.unknown_arch,
+            source=loaded.source,
+            max_kl=options.max_kl,
+            done=show,
+            progress=progress,
+        )
     if options.json:
         found = {"model": loaded.source, "tokens": options.tokens, "passed": report.passed, **asdict(report)}
         print(json.dumps(found, indent=2))
@@ -98,3 +102,4 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object at the end")
     add_arch_option(parser)
     add_weight_options(parser)
+    add_progress_option(parser)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from ..generation.inputs import encode_text
 from ..loading import compress, compression_of, make_prompt_cache
+from ..progress import Progress, silent
 from ..prompt_cache import PromptCacheInfo, load_prompt_cache, read_prompt_cache_info, save_prompt_cache
 from ..schemes import format_scheme, parse_scheme
 from ..sliding import allow_speculation
@@ -148,13 +149,18 @@ def _drafting(conversation: Conversation, draft: LoadedModel, options: argparse.
 
 
 def reply(
-    conversation: Conversation, text: str, options: argparse.Namespace, draft: LoadedModel | None = None
+    conversation: Conversation,
+    text: str,
+    options: argparse.Namespace,
+    draft: LoadedModel | None = None,
+    prefilled: Callable[[int, int], None] | None = None,
 ) -> Iterator[Any]:
     """Say `text` to the model and yield mlx-lm's responses.
 
     Args:
         options: with `max_tokens`, `temp` and `top_p`; `num_draft_tokens` with a draft model.
         draft: proposes tokens that the model verifies.
+        prefilled: called with the tokens of the prompt that are read, and how many there are; not with a draft model.
     """
     loaded = conversation.loaded
     if conversation.messages is None:
@@ -171,6 +177,7 @@ def reply(
         rest,
         max_tokens=options.max_tokens,
         sampler=make_sampler(temp=options.temp, top_p=options.top_p),
+        prompt_progress_callback=prefilled,
         **drafting,
     ):
         conversation.token_ids.append(response.token)  # mlx-lm feeds every token it yields, the last one too
@@ -182,7 +189,7 @@ def reply(
         conversation.messages.append({"role": "assistant", "content": answer})
 
 
-def prefill(conversation: Conversation, text: str) -> None:
+def prefill(conversation: Conversation, text: str, progress: Progress = silent) -> None:
     """Let the model read `text`, the beginning of a message of the user or plain text, without replying."""
     if conversation.messages is None:
         ids = _plain_tokens(conversation, text)
@@ -190,7 +197,11 @@ def prefill(conversation: Conversation, text: str) -> None:
         _hear(conversation, text)
         ids = _template(conversation, add_generation_prompt=False, continue_final_message=True)
     for _ in generate_step(
-        mx.array(_align(conversation, ids)), conversation.loaded.model, max_tokens=0, prompt_cache=conversation.cache
+        mx.array(_align(conversation, ids)),
+        conversation.loaded.model,
+        max_tokens=0,
+        prompt_cache=conversation.cache,
+        prompt_progress_callback=lambda done, of: progress("reading the prompt", done, of),
     ):
         pass
 

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from mlx.utils import tree_flatten
-from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
 
 from ..contenders import AFFINE_SCHEMES
 from ..corpus import CORPUS, corpus_text
 from ..needle import build_haystack
 from ..plots import plot_frontier, require_matplotlib
+from ..progress import progress_bar
 from ..results import Measurement, SchemeResult, machine, pareto_front, remarks, table
-from ..ruler import Progress, all_schemes, check_scheme, head_dim, measure
-from .arguments import MODEL_HELP, UsageError, add_arch_option, add_command, add_weight_options, positive
+from ..ruler import all_schemes, check_scheme, head_dim, measure
+from .arguments import (
+    MODEL_HELP,
+    UsageError,
+    add_arch_option,
+    add_command,
+    add_progress_option,
+    add_weight_options,
+    positive,
+)
 from .models import LoadedModel, load_model
 
 DEFAULT_SCHEMES = ("tq4", "tq3", "rvq1", "mlx-affine4")
@@ -91,21 +97,11 @@ def _output(value: str, suffixes: Sequence[str]) -> Path:
     return path
 
 
-@contextmanager
-def _bar() -> Iterator[Progress]:
-    """A progress bar on stderr for the time of the context, if that is a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Bar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda what, done, of: bar.update(task, description=what, completed=done, total=of)
-
-
 def _measure(
     options: argparse.Namespace, loaded: LoadedModel, texts: Mapping[str, str], schemes: Sequence[str], haystack: Any
 ) -> Measurement:
     tokens = {name: list(loaded.tokenizer.encode(text)) for name, text in texts.items()}
-    with _bar() as progress:
+    with progress_bar(options.progress) as progress:
         rows = measure(
             loaded.model,
             tokens,
@@ -127,7 +123,14 @@ def _measure(
             dtype=cache_dtype(loaded.model),
             rows=tuple(rows),
             joint=not options.one_by_one,
+            command=options.command_line,
+            measured=now(),
         )
+
+
+def now() -> str:
+    """The time, ISO 8601 with the zone."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def print_aligned(lines: Sequence[Sequence[str]]) -> None:
@@ -277,6 +280,7 @@ def _add_options(parser: argparse.ArgumentParser, schemes: str) -> None:
     )
     add_arch_option(parser)
     add_weight_options(parser)
+    add_progress_option(parser)
 
 
 def add_commands(commands: Any) -> None:

@@ -16,6 +16,7 @@ from .arguments import (
     MODEL_HELP,
     UsageError,
     add_command,
+    add_progress_option,
     add_prompt_options,
     add_sampling_options,
     add_scheme_options,
@@ -28,6 +29,7 @@ from .arguments import (
 )
 from .conversation import Conversation, check_scheme, compressed_model, reply, resume, save, start
 from .models import LoadedModel, load_model
+from .streaming import ReplyStream
 
 HELP = """\
 /report       what the cache holds, layer by layer
@@ -37,13 +39,19 @@ HELP = """\
 /quit         end, as end of input does"""
 
 
-def _say(conversation: Conversation, text: str, options: argparse.Namespace, draft: LoadedModel | None = None) -> Any:
+def _say(
+    conversation: Conversation,
+    text: str,
+    options: argparse.Namespace,
+    draft: LoadedModel | None = None,
+    live: bool = False,
+) -> Any:
     """Stream the reply to stdout; returns mlx-lm's last response."""
     last, drafted = None, 0
-    for last in reply(conversation, text, options, draft):
-        drafted += last.from_draft
-        print(last.text, end="", flush=True)
-    print(flush=True)
+    with ReplyStream(lambda: conversation.cache, live=live, progress=options.progress) as stream:
+        for last in reply(conversation, text, options, draft, stream.prefilled):
+            drafted += last.from_draft
+            stream.add(last)
     if draft is not None and last is not None:
         note(f"draft model: proposed {drafted} of {last.generation_tokens} tokens")
     return last
@@ -85,7 +93,7 @@ def _run_generate(options: argparse.Namespace) -> int:
     with compressed_model(options, options.prompt_cache) as loaded:
         conversation = _opened(loaded, options)
         draft = load_model(options.draft_model, options.float32) if options.draft_model is not None else None
-        response = _say(conversation, prompt, options, draft)
+        response = _say(conversation, prompt, options, draft, options.live)
         if options.report:
             note(str(cache_report(conversation.cache)))
         _print_statistics(conversation, response)
@@ -183,7 +191,14 @@ def add_commands(commands: Any) -> None:
     generate.add_argument(
         "--num-draft-tokens", type=positive, default=3, metavar="N", help="proposed at a time (default: 3)"
     )
+    generate.add_argument(
+        "--live",
+        action="store_true",
+        help="show below the text, while it grows, how many bytes the cache holds and what fp16 would hold",
+    )
     generate.add_argument("--report", action="store_true", help="what the cache holds, layer by layer")
+
+    add_progress_option(generate)
 
     chat = add_command(
         commands,
@@ -198,3 +213,4 @@ def add_commands(commands: Any) -> None:
     chat.add_argument("--system", metavar="TEXT", help="system message of the chat template")
     add_scheme_options(chat)
     add_sampling_options(chat)
+    add_progress_option(chat)

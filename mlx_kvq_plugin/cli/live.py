@@ -4,44 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import groupby
 
-import mlx.core as mx
-
 from ..corpus import corpus_text
-from ..layouts import CHUNK
-from ..loading import compress, make_prompt_cache
-from ..probes import (
-    Distortion,
-    Heads,
-    KeyNorms,
-    LayerTiming,
-    Skipped,
-    distortion,
-    key_norms,
-    layer_timing,
-    recorded_queries,
-)
+from ..live import STEPS, LiveReport, probe_scheme
+from ..probes import Distortion, Heads, KeyNorms, LayerTiming, Skipped
 from ..schemes import format_scheme, parse_scheme
 from .arguments import DEFAULT_SCHEME, UsageError, add_weight_options, read_prompt
 from .models import LoadedModel, load_model
 
 MOST_TOKENS = 1024  # of the text that serves without --prompt
-STEPS = 16  # last tokens of the prompt, fed singly: their queries weigh the errors of the scores
 REPEATS = 20
-
-
-@dataclass(frozen=True)
-class LiveReport:
-    """What the probes found for one scheme: a record per cache entry each."""
-
-    scheme: str
-    tokens: int
-    norms: list[KeyNorms | Skipped]
-    distortions: list[Distortion | Skipped]
-    timings: list[LayerTiming | Skipped]
 
 
 def _prompt_ids(loaded: LoadedModel, prompt: str | None) -> list[int]:
@@ -50,25 +24,6 @@ def _prompt_ids(loaded: LoadedModel, prompt: str | None) -> list[int]:
     if len(ids) <= STEPS:
         raise UsageError(f"the prompt must have more than {STEPS} tokens, got {len(ids)}; give a longer text")
     return ids
-
-
-def _probe(loaded: LoadedModel, ids: Sequence[int], scheme: str, unknown_arch: str) -> LiveReport:
-    with compress(loaded.model, scheme, unknown_arch=unknown_arch, source=loaded.source):
-        caches = make_prompt_cache(loaded.model)
-        prompt = len(ids) - STEPS
-        for first in range(0, prompt, CHUNK):
-            loaded.model(mx.array([ids[first : min(first + CHUNK, prompt)]]), cache=caches)
-            mx.eval([cache.state for cache in caches])
-        with recorded_queries(caches) as queries:
-            for token in ids[prompt:]:
-                mx.eval(loaded.model(mx.array([[token]]), cache=caches))
-        return LiveReport(
-            scheme,
-            len(ids),
-            key_norms(caches),
-            distortion(caches, queries),
-            layer_timing(caches, loaded.model, REPEATS),
-        )
 
 
 def run_live(options: argparse.Namespace) -> int:
@@ -80,7 +35,12 @@ def run_live(options: argparse.Namespace) -> int:
     schemes = [format_scheme(parse_scheme(scheme)) for scheme in options.kv_scheme or [DEFAULT_SCHEME]]
     loaded = load_model(options.model, options.float32)
     ids = _prompt_ids(loaded, options.prompt)
-    reports = [_probe(loaded, ids, scheme, options.unknown_arch) for scheme in dict.fromkeys(schemes)]
+    reports = [
+        probe_scheme(
+            loaded.model, ids, scheme, unknown_arch=options.unknown_arch, source=loaded.source, repeats=REPEATS
+        )
+        for scheme in dict.fromkeys(schemes)
+    ]
     if options.json:
         facts = [
             {
@@ -101,14 +61,19 @@ def run_live(options: argparse.Namespace) -> int:
 
 
 def _print_report(report: LiveReport) -> None:
-    print("\nnorms of keys, and the mean key's share of their energy (means of KV heads; largest of all)")
-    print("layer  heads       mean    largest  over median  share  after the frame")
+    print(
+        "\nnorms of keys, the mean key's share of their energy (means of KV heads; largest of all), and energy of the "
+        "strongest\nchannel over the average one (the worst head)"
+    )
+    print("layer  heads       mean    largest  over median  share  after the frame  channel  after the frame")
     for norms in report.norms:
         if isinstance(norms, KeyNorms):
             after = "-" if norms.framed_mean_share is None else f"{_mean(norms.framed_mean_share):.1%}"
+            framed = "-" if norms.framed_channel_peak is None else f"{max(norms.framed_channel_peak):.1f}x"
             print(
                 f"{norms.index:5d} {len(norms.mean):6d} {_mean(norms.mean):10.2f} {max(norms.largest):10.2f} "
-                f"{max(norms.largest_to_median):11.2f}x {_mean(norms.mean_share):6.1%} {after:>16s}"
+                f"{max(norms.largest_to_median):11.2f}x {_mean(norms.mean_share):6.1%} {after:>16s} "
+                f"{max(norms.channel_peak):7.1f}x {framed:>16s}"
             )
     print(
         "\nrelative squared errors of the tokens that are packed next (means of KV heads; the worst head in brackets)"

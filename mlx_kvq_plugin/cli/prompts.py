@@ -8,11 +8,13 @@ from dataclasses import asdict
 from typing import Any
 
 from ..errors import PromptCacheError
+from ..progress import progress_bar
 from ..prompt_cache import PromptCacheInfo, read_prompt_cache_info, verify_prompt_cache
 from .arguments import (
     MODEL_HELP,
     UsageError,
     add_command,
+    add_progress_option,
     add_prompt_options,
     add_scheme_options,
     add_weight_options,
@@ -37,7 +39,8 @@ def _run_create(options: argparse.Namespace) -> int:
         if options.system is not None and not chat:
             raise UsageError("--system must go with a chat template, got a plain prompt; put the text into --prompt")
         conversation = start(loaded, chat, options.system)
-        prefill(conversation, prompt)
+        with progress_bar(options.progress) as progress:
+            prefill(conversation, prompt, progress)
         info = save(conversation, path)
     print(f"{path}: {info.tokens} tokens, scheme {info.scheme}, {_size(info)}")
     return 0
@@ -109,6 +112,7 @@ def add_commands(commands: Any) -> None:
     add_prompt_options(create)
     create.add_argument("--out", required=True, metavar="FILE", help="ends in .safetensors")
     add_scheme_options(create)
+    add_progress_option(create)
 
     info = add_command(
         cache,

@@ -2,9 +2,10 @@
 // of its scores and the total of its weights.
 //
 // A group serves one KV head, up to KVQ_COLUMNS query rows and one split; each of its warps goes through tiles of 64
-// tokens by itself. The body is several files: attend_queries.h prepares queries, attend_halves.h or attend_bytes.h goes
-// through the tiles, attend_end.h stores the sums. Keys are the rows of matrix products, decoded in registers; scores pass
-// through a transposition of registers into the weights of the values, which are summed in the transform domain.
+// tokens by itself. The body is several files: dense.h is the split of tokens that are not packed, attend_queries.h
+// prepares queries, attend_halves.h or attend_bytes.h goes through the tiles, attend_end.h stores the sums, which last.h
+// lets the last group merge where it can. Keys are the rows of matrix products, decoded in registers; scores pass through
+// a transposition of registers into the weights of the values, which are summed in the transform domain.
 //
 // Defined before: KVQ_DK, KVQ_DV, KVQ_ROWS (query rows of a KV head), KVQ_COLUMNS (KVQ_NT times 8, of bytes 4), KVQ_WARPS,
 // KVQ_HEADS (KV heads), KVQ_SCALE, KVQ_SOFTCAP (0: none), KVQ_FRAME, KVQ_PAIRS, KVQ_HALF_LAYOUT, KVQ_MAGNITUDE,
@@ -13,10 +14,10 @@
 // by the prologue: batch, the pointers of this sequence and head (from its first packed token on), packed, position,
 // columns, sinks, splits, and the tables: key_signs, inner (cos, then sin, of places in a block), inner_turns (the same as
 // operands), block_turns (cos and sin in turn, of blocks).
-const int lane = KVQ_LANE, warp = KVQ_WARP, row = KVQ_ROW(lane), col = KVQ_COL(lane);
 const int first_row = KVQ_GROUP_Y % KVQ_QUERY_TILES * KVQ_COLUMNS;
 
 KVQ_SHARED_ARRAY(float, shared_rows, KVQ_REGIONS * KVQ_COLUMNS * KVQ_SHARED_DIM);
+KVQ_SHARED_ARRAY(float, shared_scores, KVQ_COLUMNS * KVQ_DENSE_CHUNK);
 KVQ_SHARED_ARRAY(float, shared_factor, KVQ_COLUMNS);
 KVQ_SHARED_ARRAY(float, shared_peak, KVQ_WARPS * KVQ_COLUMNS);
 KVQ_SHARED_ARRAY(float, shared_total, KVQ_WARPS * KVQ_COLUMNS);
@@ -28,6 +29,17 @@ KVQ_SHARED_ARRAY(float, shared_mean, KVQ_COLUMNS * KVQ_MEAN_STRIDE);
 KVQ_SHARED_ARRAY(float, shared_mean_factor, KVQ_COLUMNS);
 KVQ_SHARED_ARRAY(float, shared_constant, KVQ_COLUMNS);
 #endif
+#if KVQ_BYTES && KVQ_FRAME && KVQ_PAIR_STEPS
+#define KVQ_OPERANDS (2 * KVQ_PAIR_STEPS + 4)
+KVQ_SHARED_ARRAY(float, shared_steps, 16 * KVQ_PAIR_STEPS);
+KVQ_SHARED_ARRAY(kvq_uint, shared_operands, KVQ_WARPS * KVQ_NT * 16 * KVQ_OPERANDS);
+#endif
+
+// Channel c of query row n of the KV head.
+#define KVQ_QUERY(n, c) \
+  kvq_to_float(queries[batch * queries_strides[0] + \
+                       (head * (KVQ_ROWS / KVQ_QUERIES) + (n) / KVQ_QUERIES) * queries_strides[1] + \
+                       (n) % KVQ_QUERIES * queries_strides[2] + (c) * queries_strides[3]])
 
 // Four words of the table of turns, a lane's part of a left operand.
 #if KVQ_SHARED_TURNS
@@ -36,15 +48,4 @@ KVQ_SHARED_ARRAY(float, shared_constant, KVQ_COLUMNS);
   for (int j = 0; j < 4; j++) turn[j] = shared_turns[(at) + j]
 #else
 #define KVQ_LOAD_TURN(at, turn) kvq_load16(inner_turns + 4 * (at), turn)
-#endif
-
-// Loads that wait for nothing come first; what they bring is stored once queries are prepared.
-#if KVQ_SHARED_TURNS
-#define KVQ_TURN_LOADS ((KVQ_PAIR_STEPS * 4 + KVQ_WARPS - 1) / KVQ_WARPS)
-kvq_uint turn_words[KVQ_TURN_LOADS][4];
-KVQ_UNROLL
-for (int i = 0; i < KVQ_TURN_LOADS; i++) {
-  const int at = 32 * KVQ_WARPS * i + KVQ_THREAD;
-  if (at < KVQ_PAIR_STEPS * 4 * 32) kvq_load16(inner_turns + 16 * at, turn_words[i]);
-}
 #endif

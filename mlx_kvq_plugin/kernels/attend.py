@@ -1,6 +1,8 @@
-"""Fused decode attention on packed codes: the kernels of attend.h and merge.h for one layer's call.
+"""Fused decode attention on packed codes: the kernel of attend.h for one layer's call, and merge.h at its end.
 
-`FusedPlan` holds what does not change from step to step: two compiled kernels, rotation signs, tables of the rotary.
+`FusedPlan` holds what does not change from step to step: compiled kernels, rotation signs, tables of the rotary. Groups
+attend to a part of the tokens each; the last one to arrive merges what they have stored, where a backend lets it see
+that (CUDA), else a second kernel does.
 A call gives the kernels the cache's buffers whole, never slices, and its token counts.
 """
 
@@ -16,7 +18,7 @@ import mlx.core as mx
 
 from ..codecs import Codec
 from ..rotary import BLOCK, Rotary
-from .build import CUDA, METAL, Kernel, backend, build, has_byte_products, numbers
+from .build import CUDA, METAL, Kernel, backend, build, has_byte_products, merges_at_the_end, numbers
 from .byte_codes import has_bytes, key_bytes_text, value_bytes_text
 from .codes import CodeLayout, code_layout, key_text, value_text, why_not_codes
 from .launch import Launch
@@ -29,8 +31,9 @@ MAX_QUERIES = 8  # new tokens of a step: a longer one is a prefill chunk
 MAX_REPEAT = 16  # query heads of a KV head
 SUMS_NBYTES = 9 * 1024  # of shared memory for the warps' sums
 MAX_ROWS = 64  # query rows of a KV head
-MERGE_AHEAD = 8  # splits, and dense tokens, that a thread of the second kernel loads before it waits
-DENSE_CHUNK = 128  # dense tokens whose scores are in shared memory at a time
+MERGE_NUMBERS = 64  # of splits' sums that a lane loads before it waits
+DENSE_CHUNK = 64  # dense tokens whose scores are in shared memory at a time
+COUNTERS = 64  # calls that share one array of zeros
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,9 @@ class FusedPlan:
         self.tiles = -(-self.rows // self.columns)
         self.tables = tables_of(key, call.key_dim, value, call.value_dim, rotary)
         self.dtype = {"float": mx.float32, "kvq_half": mx.float16, "kvq_bfloat": mx.bfloat16}[call.dtype]
-        self.attend, self.merge = self._attend_kernel(on), self._merge_kernel(on)
+        self.at_the_end = merges_at_the_end(on or backend())
+        self.attend = self._attend_kernel(on)
+        self.merge = None if self.at_the_end else self._merge_kernel(on)
         self._constant_sizes()
         self.traced = (on or backend()) in (CUDA, METAL)
         self._sizes: dict[tuple[int, tuple[tuple[int, ...], ...]], _Sizes] = {}
@@ -159,7 +164,7 @@ class FusedPlan:
         return {
             "KVQ_DK": call.key_dim,
             "KVQ_DV": call.value_dim,
-            "KVQ_PARTIAL": call.value_dim + 2,
+            "KVQ_PARTIAL": call.value_dim + 4,  # a peak and a total; rows of whole 16 bytes
             "KVQ_SHARED_DIM": max(call.key_dim, call.value_dim) + 4,
             "KVQ_HEADS": call.heads,
             "KVQ_ROWS": self.rows,
@@ -188,26 +193,44 @@ class FusedPlan:
             "KVQ_HALF_LAYOUT": self.rotary is None or self.rotary.layout == "half",
             "KVQ_MAGNITUDE": f"{self.rotary.magnitude if self.rotary is not None else 1.0!r}f",
             "KVQ_NUMBER(x)": "(((x) - 1) / 2)",
+            "KVQ_DENSE_CHUNK": DENSE_CHUNK,
+            "KVQ_PENDING": call.pending,
+            "KVQ_MERGE_AHEAD": min(16, MERGE_NUMBERS * 32 // call.value_dim),
+            "KVQ_MERGE_ROWS": self.columns if self.at_the_end else 1,
+            "KVQ_MERGE_WARPS": self.launch.warps if self.at_the_end else 1,
         }
 
     def _attend_kernel(self, on: str) -> Kernel:
         call = self.call
         rows = max(1, call.rows)
-        inputs = ["queries", "tables"]
+        inputs = [f"numbers_{row}" for row in range(rows)] + ["tables", "queries"]
         for row in range(rows):
-            inputs += [f"numbers_{row}", *_side_inputs("key", self.key_layout, row)]
+            inputs += _side_inputs("key", self.key_layout, row)
             inputs += _side_inputs("value", self.value_layout, row)
             if self.rotary is not None:
                 inputs.append(f"frame_{row}")
+            inputs += [f"dense_keys_{row}", f"dense_values_{row}"]
+        if call.pending:
+            inputs += ["pending_keys", "pending_values"]
         if call.mask:
             inputs.append("mask")
+        if call.sinks:
+            inputs.append("sink_logits")
+        if self.at_the_end:
+            inputs.append("counters")
         prologue = (
             "const int batch = KVQ_GROUP_Z, head = KVQ_GROUP_Y / KVQ_QUERY_TILES;\n"
             + _integers(call.rows)
             + _pointers("key", self.key_layout, call.rows)
             + _pointers("value", self.value_layout, call.rows)
+            + _chosen(call.dense_dtype, "dense_keys", "dense_capacity * KVQ_DK", call.rows)
+            + _chosen(call.dense_dtype, "dense_values", "dense_capacity * KVQ_DV", call.rows)
         )
-        prologue += "KVQ_DEVICE const float* key_signs = tables;\n"
+        if call.pending:
+            for name, size in (("keys", "KVQ_DK"), ("values", "KVQ_DV")):
+                prologue += f"KVQ_DEVICE const {call.dense_dtype}* newest_{name} = "
+                prologue += f"pending_{name} + (batch * KVQ_HEADS + head) * KVQ_PENDING * {size};\n"
+        prologue += "KVQ_DEVICE const float* key_signs = tables;\n" + self._value_signs()
         if self.rotary is not None:
             for name in ("inner", "block_turns"):
                 prologue += f"KVQ_DEVICE const float* {name} = tables + {getattr(self.tables, name)};\n"
@@ -225,8 +248,9 @@ class FusedPlan:
         return build(
             "attend",
             inputs,
-            ["partial"],
-            ["attend.h", "attend_first.h", "attend_queries.h", products, "attend_end.h"],
+            ["output", "partial"] if self.at_the_end else ["partial"],
+            ["attend.h", "dense.h", "attend_first.h", "attend_queries.h", products, "attend_end.h"]
+            + (["last.h", "merge.h"] if self.at_the_end else []),
             ["common.h"],
             {
                 **self._defines(),
@@ -242,67 +266,35 @@ class FusedPlan:
         )
 
     def _merge_kernel(self, on: str) -> Kernel:
-        call = self.call
-        inputs = ["partial", "queries", "tables"]
-        for row in range(max(1, call.rows)):
-            inputs += [f"numbers_{row}", f"dense_keys_{row}", f"dense_values_{row}"]
-        if call.pending:
-            inputs += ["pending_keys", "pending_values"]
-        if call.mask:
-            inputs.append("mask")
-        if call.sinks:
-            inputs.append("sink_logits")
-        prologue = (
-            "const int batch = KVQ_GROUP_Z, head = KVQ_GROUP_Y, n = KVQ_GROUP_X;\n"
-            f"KVQ_DEVICE const float* value_signs = tables + {self.tables.value_signs};\n"
-            + _integers(call.rows)
-            + _chosen(call.dense_dtype, "dense_keys", "dense_capacity * KVQ_DK", call.rows)
-            + _chosen(call.dense_dtype, "dense_values", "dense_capacity * KVQ_DV", call.rows)
-        )
-        if call.pending:
-            for name, size in (("keys", "KVQ_DK"), ("values", "KVQ_DV")):
-                prologue += f"KVQ_DEVICE const {call.dense_dtype}* newest_{name} = "
-                prologue += f"pending_{name} + (batch * KVQ_HEADS + head) * KVQ_PENDING * {size};\n"
+        prologue = "const int batch = KVQ_GROUP_Z, head = KVQ_GROUP_Y, first_row = KVQ_GROUP_X;\n"
+        prologue += f"const int splits = KVQ_NUMBER(numbers_0_shape[{NUMBERS.index('splits')}]);\n"
         return build(
             "merge",
-            inputs,
+            ["partial", "numbers_0", "tables"],
             ["output"],
             ["merge.h"],
             ["common.h"],
-            {
-                **self._defines(),
-                "KVQ_THREADS": self.merge_threads,
-                "KVQ_PENDING": call.pending,
-                "KVQ_PARTS": self.merge_threads // call.value_dim,
-                "KVQ_MERGE_AHEAD": MERGE_AHEAD,
-                "KVQ_DENSE_CHUNK": DENSE_CHUNK,
-                "KVQ_QUERY_TYPE": call.dtype,
-                "KVQ_SINK_TYPE": call.sinks or "float",
-            },
+            self._defines(),
             on,
-            prologue=prologue,
+            prologue=prologue + self._value_signs(),
         )
 
+    def _value_signs(self) -> str:
+        return f"KVQ_DEVICE const float* value_signs = tables + {self.tables.value_signs};\n"
+
     def _constant_sizes(self) -> None:
-        call, threads = self.call, self.merge_threads
+        call = self.call
         batch = max(1, call.batch)
-        self._attend_group, self._merge_group = (32 * self.launch.warps, 1, 1), (threads, 1, 1)
-        self._merge_grid = (self.rows * threads, call.heads, batch)
-        self._output_shapes = [(batch, call.heads * call.repeat, call.queries, call.value_dim)]
-        self._output_dtypes = [self.dtype]
+        self._group, self._merge_grid = (32 * self.launch.warps, 1, 1), (self.rows * 32, call.heads, batch)
+        self._output_shape = (batch, call.heads * call.repeat, call.queries, call.value_dim)
+        self._attend_dtypes = [self.dtype, mx.float32] if self.at_the_end else [mx.float32]
         self.key_planes = (*self.key_layout.planes, "scale")
         self.value_planes = (*self.value_layout.planes, "scale")
-        self._row_inputs = len(self.key_planes) + len(self.value_planes) + (1 if self.rotary is not None else 0)
-
-    @property
-    def merge_threads(self) -> int:
-        """Threads of a group of the second kernel."""
-        return max(self.call.value_dim, self.launch.merge_threads)
 
     def splits(self, tiles: int) -> int:
-        """Groups that share the tokens of one KV head, `tiles` tiles of 64."""
+        """Groups that share the tokens of one KV head: one for dense tokens, others for `tiles` tiles of 64."""
         groups = max(1, self.call.batch) * self.call.heads * self.tiles
-        return max(1, min(-(-tiles // self.launch.warps), self.launch.groups // groups))
+        return 1 + max(1, min(-(-tiles // self.launch.warps), self.launch.groups // groups - 1))
 
     @property
     def regions(self) -> int:
@@ -322,7 +314,7 @@ class FusedPlan:
 
         Args:
             caches: the one cache, or the caches of the rows of a batch; their planes have room for whole tiles.
-            queries: contiguous.
+            queries: with any strides.
             mask: `(batches, heads, L or 1, T)`, contiguous, bool or float32, or `None`.
             sinks: logits `(Hq,)`.
             pending: newer dense tokens of the rows of a batch: how many, and keys and values
@@ -345,33 +337,27 @@ class FusedPlan:
             arrays.append(mask)
         if sinks is not None:
             arrays.append(sinks)
+        if self.at_the_end:
+            arrays.append(_counters(self._output_shape[0] * self.call.heads * self.tiles))
         return sizes.run(*arrays)
 
     def _run(self, sizes: _Sizes, arrays: Sequence[mx.array]) -> mx.array:
-        """Both kernels on the integers of every sequence, the tables and the arrays of `__call__`."""
-        count = len(sizes.constants) - 1
-        tables, queries = arrays[count : count + 2]
-        attend_inputs, merge_inputs = [queries, tables], [queries, tables]
-        position = count + 2
-        for own in arrays[:count]:
-            dense = position + self._row_inputs
-            attend_inputs += [own, *arrays[position:dense]]
-            merge_inputs += [own, *arrays[dense : dense + 2]]
-            position = dense + 2
-        rest = arrays[position:]
-        sums = self.attend(
-            inputs=attend_inputs + list(rest[:1] if self.call.mask else []),
+        """The kernels on the integers of every sequence, the tables and the arrays of `__call__`."""
+        found = self.attend(
+            inputs=arrays,
             grid=sizes.grid,
-            threadgroup=self._attend_group,
-            output_shapes=sizes.partial_shapes,
-            output_dtypes=_FLOAT32,
+            threadgroup=self._group,
+            output_shapes=sizes.attend_shapes,
+            output_dtypes=self._attend_dtypes,
         )
+        if self.merge is None:
+            return found[0]
         return self.merge(
-            inputs=[*sums, *merge_inputs, *rest],
+            inputs=[*found, arrays[0], sizes.constants[-1]],
             grid=self._merge_grid,
-            threadgroup=self._merge_group,
-            output_shapes=self._output_shapes,
-            output_dtypes=self._output_dtypes,
+            threadgroup=_WARP,
+            output_shapes=[self._output_shape],
+            output_dtypes=[self.dtype],
         )[0]
 
     def _sizes_of(self, counts: tuple[tuple[int, ...], ...]) -> _Sizes:
@@ -395,13 +381,14 @@ class FusedPlan:
         columns = max(packed + dense + newer for packed, _, _, _, _, dense, _, newer in counts)
         own = [numbers(*count, splits, columns) for count in counts]
         blocks = max(tiles, first) if self.rotary is not None else 1
-        batch, query_rows = max(1, call.batch), call.heads * self.rows
+        batch = max(1, call.batch)
+        partial_shape = (batch, call.heads * self.rows, splits, call.value_dim + 4)
         sizes = _Sizes(
             constants=(*own, self.tables.array(blocks)),
             grid=(splits * 32 * self.launch.warps, call.heads * self.tiles, batch),
-            partial_shapes=[(batch, query_rows, splits, call.value_dim + 2)],
+            attend_shapes=[self._output_shape, partial_shape] if self.at_the_end else [partial_shape],
         )
-        # All layers make the same two calls in a step: traced once, they are not put together again for each layer.
+        # All layers make the same calls in a step: traced once, they are not put together again for each layer.
         run = partial(_run_plan, self, sizes)
         sizes.run = mx.compile(run) if self.traced else run
         return sizes
@@ -417,8 +404,26 @@ class _Sizes:
 
     constants: tuple[mx.array, ...]  # integers of every sequence, and the tables
     grid: tuple[int, int, int]
-    partial_shapes: list[tuple[int, ...]]
+    attend_shapes: list[tuple[int, ...]]
     run: Callable[..., mx.array] = field(init=False)
 
 
-_FLOAT32 = [mx.float32]
+_WARP = (32, 1, 1)
+
+
+class _Zeros(threading.local):
+    """Arrays of counters by size; by thread, since lazy arrays cannot cross threads."""
+
+    def __init__(self) -> None:
+        self.pools: dict[int, list[mx.array]] = {}
+
+
+_zeros = _Zeros()
+
+
+def _counters(size: int) -> mx.array:
+    """Zeros `(size,)`, uint32, that no other call gets: groups count in them how many have arrived."""
+    pool = _zeros.pools.setdefault(size, [])
+    if not pool:
+        pool += mx.split(mx.zeros((COUNTERS * size,), dtype=mx.uint32), COUNTERS)
+    return pool.pop()

@@ -19,3 +19,4 @@ for (int n = KVQ_THREAD; n < KVQ_COLUMNS; n += 32 * KVQ_WARPS) {
     partial[((out_row + n) * splits + KVQ_GROUP_X) * KVQ_PARTIAL + KVQ_DV + 1] = sum;
   }
 }
+}

@@ -1,7 +1,18 @@
 // What a warp loads first: its first tile's codes, and for attend_bytes.h their scales and what turns the mean term's
 // queries.
-const int last_tile = (packed - 1) / 64, stride = splits * KVQ_WARPS;
-const int first_tile = KVQ_GROUP_X * KVQ_WARPS + warp;
+const int lane = KVQ_LANE, warp = KVQ_WARP, row = KVQ_ROW(lane), col = KVQ_COL(lane);
+const int split = KVQ_GROUP_X - 1, packed_splits = splits - 1;
+#if KVQ_SHARED_TURNS
+#define KVQ_TURN_LOADS ((KVQ_PAIR_STEPS * 4 + KVQ_WARPS - 1) / KVQ_WARPS)
+kvq_uint turn_words[KVQ_TURN_LOADS][4];
+KVQ_UNROLL
+for (int i = 0; i < KVQ_TURN_LOADS; i++) {
+  const int at = 32 * KVQ_WARPS * i + KVQ_THREAD;
+  if (at < KVQ_PAIR_STEPS * 4 * 32) kvq_load16(inner_turns + 16 * at, turn_words[i]);
+}
+#endif
+const int last_tile = (packed - 1) / 64, stride = packed_splits * KVQ_WARPS;
+const int first_tile = split * KVQ_WARPS + warp;
 KVQ_DEVICE const kvq_byte* key_field[KVQ_KEY_FIELDS];
 KVQ_DEVICE const kvq_byte* value_field[KVQ_VALUE_FIELDS];
 kvq_uint key_words[4][2][KVQ_KEY_WORDS], value_words[4][4][KVQ_VALUE_WORDS];
@@ -36,9 +47,6 @@ KVQ_LOAD_KEYS(kvq_min(first_tile, last_tile));
 #if KVQ_BYTES && KVQ_FRAME && KVQ_PAIR_STEPS
 // The mean term's queries, turned to the tile that a warp is at: of rotary pairs 8 step + lane % 8, query lane / 8. They
 // go through shared memory into the order of operands, and are turned on by the distance of a warp's tiles.
-#define KVQ_OPERANDS (2 * KVQ_PAIR_STEPS + 4)
-KVQ_SHARED_ARRAY(float, shared_steps, 16 * KVQ_PAIR_STEPS);
-KVQ_SHARED_ARRAY(kvq_uint, shared_operands, KVQ_WARPS * KVQ_NT * 16 * KVQ_OPERANDS);
 const int operands = warp * (KVQ_NT * 16 * KVQ_OPERANDS);
 float first_cos[KVQ_PAIR_STEPS], first_sin[KVQ_PAIR_STEPS];
 KVQ_UNROLL

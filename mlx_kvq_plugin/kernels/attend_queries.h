@@ -10,12 +10,11 @@ for (int n = warp; n < KVQ_COLUMNS; n += KVQ_WARPS) {
 #endif
     continue;
   }
-  const kvq_long at = ((kvq_long)(batch * KVQ_HEADS + head) * KVQ_ROWS + first_row + n) * KVQ_DK;
   float x[KVQ_DK / 32];
   KVQ_UNROLL
   for (int i = 0; i < KVQ_DK / 32; i++) {
     const int c = 32 * i + lane;
-    x[i] = kvq_to_float(queries[at + c]) * key_signs[c];
+    x[i] = KVQ_QUERY(first_row + n, c) * key_signs[c];
 #if KVQ_FRAME
     x[i] /= frame_scale[kvq_scale_index(c)];
 #endif
@@ -24,7 +23,7 @@ for (int n = warp; n < KVQ_COLUMNS; n += KVQ_WARPS) {
   // q . R_n mu = sum over pairs of even cos(n theta) + odd sin(n theta), and a constant of channels that do not turn.
   float steady = 0.0f, size = 0.0f;
   for (int c = 2 * KVQ_PAIRS + lane; c < KVQ_DK; c += 32)
-    steady += kvq_to_float(queries[at + c]) * frame_mean[c];
+    steady += KVQ_QUERY(first_row + n, c) * frame_mean[c];
   float even[KVQ_MEAN_PARTS], odd[KVQ_MEAN_PARTS];
   KVQ_UNROLL
   for (int i = 0; i < KVQ_MEAN_PARTS; i++) {
@@ -32,7 +31,7 @@ for (int n = warp; n < KVQ_COLUMNS; n += KVQ_WARPS) {
     even[i] = 0.0f, odd[i] = 0.0f;
     if (p < KVQ_PAIRS) {
       const int c = kvq_first_channel(p), d = kvq_second_channel(p);
-      const float q1 = kvq_to_float(queries[at + c]), q2 = kvq_to_float(queries[at + d]);
+      const float q1 = KVQ_QUERY(first_row + n, c), q2 = KVQ_QUERY(first_row + n, d);
       const float a = (q1 * frame_mean[c] + q2 * frame_mean[d]) * KVQ_MAGNITUDE;
       const float b = (q2 * frame_mean[c] - q1 * frame_mean[d]) * KVQ_MAGNITUDE;
       // Turned to the first packed token: by the start of its block, then by its place in the block.

@@ -97,25 +97,30 @@ def _maker(backend_name: str) -> Maker:
 
 
 _custom: dict[str, tuple[Maker, str]] = {}
-_byte_products = {CUDA}
+_like_cuda = {CUDA}
 
 
-def register_backend(name: str, maker: Maker, prelude: str = "cpu", byte_products: bool = False) -> None:
+def register_backend(name: str, maker: Maker, prelude: str = "cpu", like: str = METAL) -> None:
     """Add a backend that is not a device of MLX, for tests.
 
     Args:
         maker: called as `mx.fast.metal_kernel` is.
         prelude: whose text kernels are written on: `cpu`, `metal` or `cuda`.
-        byte_products: see `has_byte_products`.
+        like: the backend whose kernels it gets.
     """
     _custom[name] = maker, prelude
-    if byte_products:
-        _byte_products.add(name)
+    if like == CUDA:
+        _like_cuda.add(name)
 
 
 def has_byte_products(name: str) -> bool:
     """Whether a backend multiplies matrices of 8-bit integers; Metal does not."""
-    return name in _byte_products
+    return name in _like_cuda
+
+
+def merges_at_the_end(name: str) -> bool:
+    """Whether a group of a kernel can see what other groups have stored; Metal 3.0 has no fence for that."""
+    return name in _like_cuda
 
 
 def build(
@@ -152,9 +157,10 @@ def build(
     make, prelude = _custom[where] if where in _custom else (_maker(where), where)
     header = constants + text(f"{prelude}.h") + "".join(map(text, functions)) + extra
     source = PROLOGUES.get(prelude, "") + prologue + "".join(map(text, body))
-    if where == CUDA:  # MLX looks for the names of shapes in the text that it is given
-        shapes = "".join(f"// {name}_shape\n" for name in inputs if f"{name}_shape" in source)
-        header, source = included(header), included(source) + shapes
+    if where == CUDA:  # MLX looks for the names of shapes and strides in the text that it is given
+        asked = [f"{name}_{what}" for name in inputs for what in ("shape", "strides")]
+        named = "".join(f"// {name}\n" for name in asked if name in source)
+        header, source = included(header), included(source) + named
     digest = hashlib.sha256("\n".join([header, source, *inputs, *outputs]).encode()).hexdigest()[:16]
     return make(
         name=f"kvq_{name}_{digest}",

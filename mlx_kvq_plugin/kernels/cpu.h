@@ -32,6 +32,7 @@ struct kvq_bfloat {
 #define KVQ_UNROLL
 #define KVQ_NO_UNROLL
 #define KVQ_UNROLL4
+#define KVQ_UNROLL8
 #define KVQ_INFINITY __builtin_inff()
 
 KVQ_FUNC kvq_uint kvq_float_bits(float x) { kvq_uint y; memcpy(&y, &x, 4); return y; }
@@ -126,6 +127,14 @@ KVQ_FUNC void kvq_load_floats(const float* p, float& x, float& y) {
 }
 KVQ_FUNC void kvq_load8(const kvq_byte* p, KVQ_PRIVATE kvq_uint* w) { memcpy(w, kvq_host_aligned(p, 8), 8); }
 KVQ_FUNC void kvq_load16(const kvq_byte* p, KVQ_PRIVATE kvq_uint* w) { memcpy(w, kvq_host_aligned(p, 16), 16); }
+
+template <int N>
+KVQ_FUNC void kvq_load_stored(const float* p, KVQ_PRIVATE float* x) {
+  kvq_host_aligned((const kvq_byte*)p, N == 2 ? 8 : 16);
+  for (int i = 0; i < N; i++) x[i] = p[i];
+}
+#define KVQ_FENCE() kvq_host_fence()
+KVQ_FUNC kvq_uint kvq_arrive(const kvq_uint* counter) { return kvq_host_arrive(counter); }
 
 #ifdef KVQ_METAL_LAYOUT
 #define KVQ_ROW(lane) kvq_host_metal_row(lane)

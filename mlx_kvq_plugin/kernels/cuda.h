@@ -36,6 +36,7 @@ typedef long long kvq_long;
 #define KVQ_UNROLL _Pragma("unroll")
 #define KVQ_NO_UNROLL _Pragma("unroll 1")
 #define KVQ_UNROLL4 _Pragma("unroll 4")
+#define KVQ_UNROLL8 _Pragma("unroll 8")
 #define KVQ_INFINITY __int_as_float(0x7f800000)
 
 KVQ_FUNC float kvq_exp2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
@@ -114,6 +115,26 @@ KVQ_FUNC void kvq_load8(const kvq_byte* p, KVQ_PRIVATE kvq_uint* w) {
 KVQ_FUNC void kvq_load16(const kvq_byte* p, KVQ_PRIVATE kvq_uint* w) {
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(p));
 }
+
+// N floats, 2 or a multiple of 4, that a group has stored, aligned to all of them or to 16 bytes.
+template <int N>
+KVQ_FUNC void kvq_load_stored(const float* p, KVQ_PRIVATE float* x) {
+  if (N == 2) {
+    const float2 pair = __ldcg(reinterpret_cast<const float2*>(p));
+    x[0] = pair.x, x[1] = pair.y;
+  } else {
+    KVQ_UNROLL
+    for (int i = 0; i + 4 <= N; i += 4) {
+      const float4 four = __ldcg(reinterpret_cast<const float4*>(p + i));
+      x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+    }
+  }
+}
+// What a thread has stored in arrays of the device is there for groups that arrive later; and what others have stored, for
+// loads that come later.
+#define KVQ_FENCE() __threadfence()
+// How many groups have arrived before. The counter is an input, which nothing else reads.
+KVQ_FUNC kvq_uint kvq_arrive(const kvq_uint* counter) { return atomicAdd(const_cast<kvq_uint*>(counter), 1u); }
 
 #define KVQ_ROW(lane) ((lane) >> 2)
 #define KVQ_COL(lane) ((lane) & 3)

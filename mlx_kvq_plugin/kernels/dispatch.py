@@ -143,7 +143,7 @@ def fused_rows(rows: Sequence[KVQCache], args: AttendArgs) -> mx.array:
             continue
         for row in some:
             row.reserve_tiles()
-        outputs.append(plan(some, mx.contiguous(queries), None, args.sinks))
+        outputs.append(plan(some, queries, None, args.sinks))
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=0)
 
 
@@ -174,7 +174,7 @@ def pending_rows(batch: BatchKVQCache, args: AttendArgs) -> mx.array:
         plan = rows[0].plans[key] = _plan(call, *codecs, backend())
     for row in rows:
         row.reserve_tiles()
-    return plan(rows, mx.contiguous(queries), None, args.sinks, (count, keys, values))
+    return plan(rows, queries, None, args.sinks, (count, keys, values))
 
 
 def next_step(args: AttendArgs) -> mx.array | None:
@@ -186,7 +186,7 @@ def next_step(args: AttendArgs) -> mx.array | None:
     if plan is None:
         return None
     cache.reserve_tiles()
-    return plan((cache,), mx.contiguous(queries), None, args.sinks)
+    return plan((cache,), queries, None, args.sinks)
 
 
 def fused_attention(caches: Sequence[KVQCache], rows: int, args: AttendArgs, mask: mx.array | str | None) -> mx.array:
@@ -203,7 +203,7 @@ def fused_attention(caches: Sequence[KVQCache], rows: int, args: AttendArgs, mas
     plan = _plan(call, *codecs, backend())
     if own_mask is None:
         caches[0].plans[queries.shape, queries.dtype, rows, args.scale, args.softcap, mask, sinks is None] = plan
-    return plan(caches, mx.contiguous(queries), own_mask, sinks)
+    return plan(caches, queries, own_mask, sinks)
 
 
 @cache

@@ -15,19 +15,17 @@ FILE = "launch.json"
 
 @dataclass(frozen=True)
 class Launch:
-    """Sizes of the attention kernels.
+    """Sizes of the attention kernel.
 
     Attributes:
-        warps: of a group of the first kernel.
-        groups_per_core: of the first kernel that must fit a core (a multiprocessor) together: bounds its registers.
-        groups: of the first kernel in all, about; each reads a part of the tokens.
-        merge_threads: of a group of the second kernel.
+        warps: of a group.
+        groups_per_core: that must fit a core (a multiprocessor) together: bounds its registers.
+        groups: in all, about; each reads a part of the tokens.
     """
 
     warps: int = 4
     groups_per_core: int = 3
     groups: int = 256
-    merge_threads: int = 256
 
     def with_fewer_groups(self, most: int) -> Launch:
         """At most `most` groups a core: kernels that need more registers."""

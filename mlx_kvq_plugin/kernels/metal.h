@@ -32,6 +32,7 @@ typedef long kvq_long;
 #define KVQ_UNROLL _Pragma("clang loop unroll(full)")
 #define KVQ_NO_UNROLL _Pragma("clang loop unroll(disable)")
 #define KVQ_UNROLL4 _Pragma("clang loop unroll_count(4)")
+#define KVQ_UNROLL8 _Pragma("clang loop unroll_count(8)")
 #define KVQ_INFINITY INFINITY
 
 KVQ_FUNC float kvq_exp2(float x) { return metal::fast::exp2(x); }
@@ -88,6 +89,12 @@ KVQ_FUNC void kvq_load8(const device kvq_byte* p, KVQ_PRIVATE kvq_uint* w) {
 KVQ_FUNC void kvq_load16(const device kvq_byte* p, KVQ_PRIVATE kvq_uint* w) {
   const uint4 x = *(const device uint4*)p;
   w[0] = x.x, w[1] = x.y, w[2] = x.z, w[3] = x.w;
+}
+
+template <int N>
+KVQ_FUNC void kvq_load_stored(KVQ_DEVICE const float* p, KVQ_PRIVATE float* x) {
+  KVQ_UNROLL
+  for (int i = 0; i < N; i++) x[i] = p[i];
 }
 
 #define KVQ_ROW(lane) ((((lane) >> 2) & 4) | (((lane) >> 1) & 3))
