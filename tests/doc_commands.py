@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
-import tomllib
 from doc_blocks import ROOT
 
 BIN = Path(sys.executable).parent
