@@ -73,7 +73,7 @@ bench: setup ## decoding speed, quality and memory
 	$(PRELOAD) $(BIN)/python benchmarks/quality.py
 	$(PRELOAD) $(BIN)/python benchmarks/memory.py
 
-# Material for MkDocs says at every build that MkDocs 2 will not run it; MkDocs is pinned below 2.
+# Material for MkDocs says at every build that its support ends in May 2027 (see `docs` in pyproject.toml).
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 DOCS_STAMP := $(VENV)/.docs-installed
 
