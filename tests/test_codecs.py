@@ -8,7 +8,6 @@ import json
 import math
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import pairwise
 from typing import ClassVar
 
 import mlx.core as mx
@@ -20,6 +19,8 @@ from mlx_kvq_plugin.codebooks import embedded_stage, lloyd_max, odd_codebook
 from mlx_kvq_plugin.codecs import Codec, Plane, get_codec, list_codecs
 from mlx_kvq_plugin.errors import CodecError
 from mlx_kvq_plugin.rotation import has_hadamard, rotate, unrotate
+from mlx_kvq_plugin.testing import codecs as checks
+from mlx_kvq_plugin.testing.codecs import assert_same_bytes, raw, tokens
 
 
 @dataclass(frozen=True)
@@ -104,24 +105,6 @@ def make(name: str, seed: int = 0) -> Codec:
 
 def total_bits(name: str) -> int:
     return int(name[-1]) * (2 if name.startswith("rvq") else 1)
-
-
-def tokens(dim: int, length: int, dtype: str = "float32", seed: int = 1) -> mx.array:
-    """Gaussian tokens `(2, 2, length, dim)`."""
-    x = np.random.default_rng(seed).normal(size=(2, 2, length, dim)).astype(np.float32)
-    return mx.array(x).astype(getattr(mx, dtype))
-
-
-def raw(planes: dict[str, mx.array]) -> dict[str, np.ndarray]:
-    """The bytes of each plane, one row a token."""
-    return {name: np.array(mx.contiguous(plane).view(mx.uint8)) for name, plane in planes.items()}
-
-
-def assert_same_bytes(found: dict[str, mx.array], wanted: dict[str, mx.array]) -> None:
-    assert found.keys() == wanted.keys()
-    for name in wanted:
-        assert found[name].dtype == wanted[name].dtype, name
-        np.testing.assert_array_equal(raw(found)[name], raw(wanted)[name], err_msg=name)
 
 
 def relative_error(x: mx.array, decoded: mx.array) -> float:
@@ -409,48 +392,19 @@ def test_size_changes_the_scales_and_nothing_else(name: str, dim: int) -> None:
 
 @every_codec_and_case
 def test_encoding_in_pieces_equals_encoding_at_once(name: str, dim: int, dtype: str) -> None:
-    codec = make(name)
-    cuts = [0, 1, 8, 13] if codec.group == 1 else [0, codec.group, 3 * codec.group, 3 * codec.group + 5]
-    x = tokens(dim, cuts[-1], dtype)
-    statistics = codec.fit(x)
-    whole = codec.encode(x, statistics)
-    pieces = [codec.encode(x[:, :, a:b], statistics) for a, b in pairwise(cuts)]
-    assert_same_bytes({plane: mx.concatenate([piece[plane] for piece in pieces], axis=2) for plane in whole}, whole)
+    checks.check_pieces(make(name), dim, dtype)
 
 
 @every_codec
 @both_kinds_of_dim
 def test_codes_of_a_token_do_not_depend_on_its_neighbours(name: str, dim: int) -> None:
-    """Or, where tokens are encoded in groups, on those of other groups."""
-    codec = make(name)
-    count = 17 if codec.group == 1 else 5
-    x = tokens(dim, count * codec.group)
-    statistics = codec.fit(x)
-    whole = codec.encode(x, statistics)
-    rng = np.random.default_rng(3)
-    last = count - 1
-    for chosen in [rng.permutation(count), rng.permutation(count)[:3], np.array([last - 1]), np.array([1, 1, last])]:
-
-        def rows(each: int, chosen: np.ndarray = chosen) -> mx.array:
-            return mx.array((chosen[:, None] * each + np.arange(each)).reshape(-1))
-
-        alone = codec.encode(x[:, :, rows(codec.group)], statistics)
-        shares = {plane.name: codec.group // plane.tokens for plane in codec.planes(dim, "float32")}
-        assert_same_bytes(alone, {plane: array[:, :, rows(shares[plane])] for plane, array in whole.items()})
+    checks.check_neighbours(make(name), dim, "float32")
 
 
 @every_codec
 @both_kinds_of_dim
 def test_rows_and_heads_are_encoded_one_by_one(name: str, dim: int) -> None:
-    codec, x = make(name), tokens(dim, 5)
-    statistics = codec.fit(x)
-    whole = codec.encode(x, statistics)
-    heads = [slice(0, 2)] if "+" in name else [slice(0, 1), slice(1, 2)]  # of heads apart: test_per_head.py
-    for b, h in ((b, h) for b in range(2) for h in heads):
-        cut = np.s_[b : b + 1, h]
-        part = codec.fit(x[cut])
-        assert_same_bytes(part, {key: array[cut] for key, array in statistics.items()})
-        assert_same_bytes(codec.encode(x[cut], part), {plane: array[cut] for plane, array in whole.items()})
+    checks.check_rows_and_heads(make(name), dim, "float32", heads="+" not in name)  # of heads apart: test_per_head.py
 
 
 @every_codec_and_dim
@@ -552,13 +506,7 @@ def test_weighted_sums_are_sums_of_the_decoded_values(name: str, dim: int, dtype
 @every_codec
 @both_kinds_of_dim
 def test_products_with_no_tokens_are_empty_and_zero(name: str, dim: int) -> None:
-    codec, x = make(name), tokens(dim, 4)
-    statistics = codec.fit(x)
-    planes = codec.encode(x[:, :, :0], statistics)
-    scores = codec.scores(codec.transform_queries(x, statistics), planes, statistics)
-    assert np.array(scores).shape == (2, 2, 4, 0)
-    output = codec.untransform_output(codec.weighted_sum(scores, planes, dim, statistics), statistics)
-    np.testing.assert_array_equal(np.array(output), np.zeros((2, 2, 4, dim)))
+    checks.check_no_tokens(make(name), dim, "float32")
 
 
 @pytest.mark.parametrize("name", [*ROTATED, *TURNED])
