@@ -27,10 +27,10 @@ ifeq ($(shell uname -s),Linux)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format wheel bench clean
+.PHONY: help setup demo test lint format wheel bench docs docs-serve clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo '  variables: PYTHON=$(PYTHON) EXTRAS=$(EXTRAS) MODEL=$(MODEL) PYTEST_ARGS=$(PYTEST_ARGS)'
 
 setup: $(STAMP) ## create .venv with the package and its developer tools
@@ -73,6 +73,22 @@ bench: setup ## decoding speed, quality and memory
 	$(PRELOAD) $(BIN)/python benchmarks/quality.py
 	$(PRELOAD) $(BIN)/python benchmarks/memory.py
 
+# Material for MkDocs says at every build that its support ends in May 2027 (see `docs` in pyproject.toml).
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+DOCS_STAMP := $(VENV)/.docs-installed
+
+$(DOCS_STAMP): $(STAMP)
+	@echo 'Installing mkdocs into $(VENV) (log: $(VENV)/pip-docs.log)'
+	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[docs]' >$(VENV)/pip-docs.log 2>&1 || { \
+	  cat $(VENV)/pip-docs.log >&2; exit 1; }
+	@touch $@
+
+docs: $(DOCS_STAMP) ## build the documentation into site/; a warning fails
+	$(MKDOCS) build --strict
+
+docs-serve: $(DOCS_STAMP) ## show the documentation while pages are written
+	$(MKDOCS) serve --strict
+
 clean: ## remove .venv, caches and build outputs; demo models stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

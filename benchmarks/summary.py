@@ -2,45 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from scheme_tables import choices, every_scheme
+from stored import MODELS, ROOT, TITLES, on_gpu, one, quality, results, stored, table
+
 SCHEMES = ("tq4", "tq3", "rvq1")
 AVERAGES = ("tq@4", "tq@3", "tq@2")
-MODELS = ("smollm2", "gemma3")
-TITLES = {"smollm2": "SmolLM2-135M", "gemma3": "Gemma 3 270M"}
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-
-
-def results(name: str) -> dict[str, Any]:
-    """Machine and rows of one benchmark."""
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return found
-
-
-def one(name: str, **wanted: Any) -> dict[str, Any]:
-    """The only row with the wanted values."""
-    rows = (row for row in results(name)["rows"] if all(row[key] == value for key, value in wanted.items()))
-    (found,) = rows
-    return found
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
-    lines = [list(head), *rows]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def quality(model: str) -> dict[str, Any]:
-    """What `benchmarks/quality.py` stored of a model: the measurement, with its rows by scheme."""
-    found = results(f"quality-{model}")
-    return {**found, "rows": {row["scheme"]: row for row in found["rows"]}}
 
 
 def readme_table() -> str:
@@ -187,14 +158,6 @@ def serving() -> str:
     return f"`python benchmarks/serve.py`; {found['machine']}.\n\n{table(head, rows)}"
 
 
-def on_gpu(name: str) -> dict[str, Any] | None:
-    """Machine and rows of a benchmark if its stored run was on a GPU; `None` without one."""
-    if not (RESULTS / f"{name}.json").exists():
-        return None
-    found = results(name)
-    return found if found["machine"].startswith("Device(gpu") else None
-
-
 def kernels() -> str:
     """Kernels alone and whole models on a GPU, of what is stored; empty without a run on one."""
     parts = []
@@ -240,7 +203,7 @@ def kernels() -> str:
         about = "8 KV heads of 128 channels"
         command = "kernel_encode_decode.py --store"
         parts.append(_gpu_part("Encoding and decoding alone", command, found, about, table(head, rows)))
-    if (RESULTS / "byte_levels.json").exists():
+    if stored("byte_levels"):
         found = results("byte_levels")
         rows = [
             [r["model"], f"`{r['scheme']}`", f"{r['kl']:.4f}", f"{r['kl_bytes']:.4f}"]
@@ -266,6 +229,9 @@ def inserted(text: str, content: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "README.md": readme_table,
+    "docs/index.md": readme_table,
+    "docs/choosing.md": choices,
+    "docs/schemes.md": every_scheme,
     "docs/measurements.md": measurements,
     "docs/quality.md": quality_tables,
     "docs/allocation.md": allocation,

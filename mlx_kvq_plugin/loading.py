@@ -263,8 +263,11 @@ def compress(
         A `Compression`; use it as a context manager or call `undo()` to restore the model.
 
     Raises:
-        SchemeError, UnsupportedModelError, PluginError, CodecError; CalibrationError for average bits without a
-        calibration of this model.
+        SchemeError: a scheme that cannot be used.
+        UnsupportedModelError: an architecture that cannot be compressed.
+        PluginError: a broken plugin.
+        CodecError: a codec that cannot do the model's head sizes.
+        CalibrationError: average bits without a calibration of this model.
     """
     config = parse_scheme(kv_scheme)
     if compression_of(model) is not None:

@@ -343,7 +343,7 @@ def load_prompt_cache(path: str | Path, model: Any) -> tuple[list[Any], PromptCa
         The caches, one per layer, which continue bit for bit where they were saved, and the header.
 
     Raises:
-        As `verify_prompt_cache`; nothing is changed then.
+        PromptCacheError: as `verify_prompt_cache`; nothing is changed then.
     """
     path, placement = Path(path), placement_of(model)
     try:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = " ".join((ROOT / "docs" / "kernels.md").read_text().split())
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import stored  # noqa: E402
 import summary  # noqa: E402
 
 # One row of each benchmark, with the keys that it stores.
@@ -76,7 +77,7 @@ def test_files_that_are_named_exist() -> None:
 
 @pytest.mark.parametrize("name", list(ROWS))
 def test_tables_are_made_of_runs_on_a_gpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+    monkeypatch.setattr(stored, "RESULTS", tmp_path)
     assert summary.kernels() == ""
     for machine, shown in (("Device(cpu, 0), x86_64 Linux", False), ("Device(gpu, 0), x86_64 Linux", True)):
         row = {"device": "A card", **ROWS[name]} if name in ("decode_gpu", "prefill_memory") else ROWS[name]
@@ -89,6 +90,6 @@ def test_tables_are_made_of_runs_on_a_gpu(name: str, tmp_path: Path, monkeypatch
 
 
 def test_batches_are_counted_in_tokens_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+    monkeypatch.setattr(stored, "RESULTS", tmp_path)
     (tmp_path / "decode_gpu.json").write_text(json.dumps({"machine": "Device(gpu, 0)", "rows": [ROWS["decode_gpu"]]}))
     assert "| 16,384 x 8 | `tq4` | 16.00 | 500 | 1.25x |" in summary.kernels()

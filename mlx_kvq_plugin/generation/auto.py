@@ -48,8 +48,10 @@ class AutoModelForCausalLM:
             **arguments: of `mlx_lm.load` (`tokenizer_config`, `adapter_path`, `lazy`, `trust_remote_code`, ...).
 
         Raises:
-            As `mlx_lm.load` and `kvq.compress`; DemoModelError for an unknown demo model; GenerationError for an
-            unknown dtype, and for a name that is neither a folder nor a repository that can be downloaded.
+            KVQError: as `kvq.compress`.
+            DemoModelError: an unknown demo model.
+            GenerationError: an unknown dtype, or a name that is neither a folder nor a repository that can be
+                downloaded.
         """
         config = parse_scheme(kv_scheme)  # what is wrong fails before the weights are read
         cast = None if dtype is None else _dtype(dtype)

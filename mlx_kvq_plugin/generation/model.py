@@ -74,7 +74,7 @@ class CausalLM:
             unknown_arch, source: as for `kvq.compress`.
 
         Raises:
-            As `kvq.compress`.
+            KVQError: as `kvq.compress`.
         """
         self.model, self.tokenizer = model, tokenizer
         self._options = {"unknown_arch": unknown_arch, "source": source}
