@@ -31,7 +31,7 @@ def test_files_that_pages_link_are_found() -> None:
         "examples/demo.py"
     ]
     assert "def main" in hooks.source_page("examples/demo.py")
-    assert "pyproject.toml" in hooks.source_page("examples/kvq-seed-oss-adapter")
+    assert "pyproject.toml" in hooks.source_page("examples/kvq-plugin-example")
 
 
 def test_the_built_site_loads_nothing_from_other_hosts(tmp_path: Path) -> None:
