@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -174,3 +175,74 @@ def test_the_two_rulers_agree():
     rows = [line.split() for line in done.stdout.splitlines()[3:7]]
     assert [row[0] for row in rows] == ["tq4", "rvq1", "turbo4v2", "mlx-lm"]
     assert all(float(row[-5]) > 0 for row in rows)
+
+
+# ---- scripts on a real model -----------------------------------------------------------------------------------------
+
+
+def printed(name: str, *arguments: str) -> str:
+    """What an example prints; it must end well."""
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.real_model
+def test_generate_streams_a_text_and_reports():
+    text = printed("generate", "--max-tokens", "8")
+    assert re.search(r"30 of 30 layers compressed, \d+ tokens, .* ratio [23]\.\d+\n$", text)
+
+
+@pytest.mark.real_model
+def test_chat_resumed_answers_in_another_process_from_what_was_read_before():
+    text = printed("chat_resumed")
+    resumed = text.partition("2. Another process")[2].partition("3. The same")[0]
+    assert "1871" in resumed
+    seconds = [float(x) for x in re.findall(r"([\d.]+) s to the first token", text)]
+    assert len(seconds) == 3 and seconds[1] < seconds[2]
+
+
+@pytest.mark.real_model
+def test_long_document_qa_answers_from_forks():
+    text = printed("long_document_qa")
+    assert "1871" in text and "1988" in text
+    assert len(re.findall(r"s from the cache, [\d.]+ s reading the document again", text)) == 3
+    assert float(re.search(r"ratio ([\d.]+)", text).group(1)) > 3
+
+
+@pytest.mark.real_model
+def test_batch_gives_the_texts_of_single_runs():
+    assert printed("batch").endswith("the same texts: True\n")
+
+
+@pytest.mark.real_model
+def test_server_client_streams_an_answer_and_the_report():
+    text, _, report = printed("server_client").partition("\n\n{")
+    assert len(text.split()) > 3
+    assert json.loads("{" + report)["scheme"] == "tq4"
+
+
+@pytest.mark.real_model
+def test_calibrate_and_allocate_loses_less_at_equal_bytes():
+    text = printed("calibrate_and_allocate", "--sequences", "1")
+    found = re.findall(r"^(tq@?\d) +KL ([\d.]+) nats.* ([\d.]+) MiB held", text, re.MULTILINE)
+    assert [name for name, *_ in found] == ["tq2", "tq@2", "tq3", "tq@3", "tq4", "tq@4"]
+    for plain, allocated in zip(found[::2], found[1::2], strict=True):
+        assert float(allocated[1]) < float(plain[1]) and float(allocated[2]) <= 1.01 * float(plain[2])
+
+
+@pytest.mark.real_model
+def test_compare_schemes_measures_what_is_lost():
+    text = printed("compare_schemes", "--schemes", "identity", "tq4", "rvq1")
+    rows = [line.split() for line in text.splitlines()[3:]]
+    assert [row[0] for row in rows] == ["identity", "tq4", "rvq1"]
+    held, kl = ([float(row[i]) for row in rows] for i in (1, 3))
+    assert held[0] > held[1] > held[2] and kl[0] == 0 < kl[1] < kl[2]
+
+
+def test_every_example_is_listed():
+    table = (ROOT / "examples" / "README.md").read_text()
+    for path in (ROOT / "examples").iterdir():
+        if path.suffix == ".py" and path.name != "loading.py":
+            assert f"[`{path.name}`]({path.name})" in table, path.name
