@@ -30,6 +30,7 @@ from .prompt_cache import (
     save_prompt_cache,
     verify_prompt_cache,
 )
+from .prompt_hub import pull_prompt_cache, push_prompt_cache
 from .report import CacheReport, LayerReport, cache_report
 from .schemes import format_scheme, list_schemes, parse_scheme
 from .sliding import SlidingKVQCache, allow_speculation
@@ -87,7 +88,9 @@ __all__ = [
     "parse_scheme",
     "pipeline",
     "placement_of",
+    "pull_prompt_cache",
     "push_calibration",
+    "push_prompt_cache",
     "read_prompt_cache_info",
     "recorded_queries",
     "save_calibration",

@@ -68,6 +68,10 @@ class PromptCacheModelError(PromptCacheError):
     """The file belongs to another model."""
 
 
+class PromptCacheHubError(PromptCacheError):
+    """A repository does not take the file, or does not give it out."""
+
+
 class DemoModelError(KVQError):
     """A demo model could not be downloaded, verified or converted."""
 

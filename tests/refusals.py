@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from mlx_kvq_plugin.errors import GenerationError
+from mlx_kvq_plugin.errors import GenerationError, KVQError
 
 
-def message_of(call: Any) -> str:
-    """The one sentence of the `GenerationError` that a call raises."""
-    with pytest.raises(GenerationError) as caught:
+def message_of(call: Any, kind: type[KVQError] = GenerationError) -> str:
+    """The one sentence of the error that a call raises."""
+    with pytest.raises(kind) as caught:
         call()
     text = str(caught.value)
     assert "\n" not in text and "must" in text and "got" in text, text

@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_models
+from refusals import message_of
 from transformers import GenerationConfig
 
 import mlx_kvq_plugin as kvq
@@ -180,3 +182,22 @@ def test_what_the_document_points_to_exists() -> None:
     text = DOC.read_text()
     paths = re.findall(r"`((?:tests|mlx_kvq_plugin|docs)/[\w./]+)`|\b(docs/\w+\.md)", text)
     assert paths and all((DOC.parent.parent / (a or b)).is_file() for a, b in paths)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    lm = kvq.CausalLM(tiny_models.llama(), kv_scheme="tq4")
+    prompt = list(range(1, 12))
+    expected = lm.generate(prompt, max_new_tokens=6, eos_token_id=[3, 4], suppress_tokens=[5, 6]).tolist()
+    fields = {
+        "max_new_tokens": np.int64(6),
+        "eos_token_id": np.array([3, 4]),
+        "suppress_tokens": [np.int32(5), np.uint8(6)],
+        "do_sample": np.bool_(False),
+        "temperature": np.float32(1.0),
+    }
+    assert lm.generate(prompt, **fields).tolist() == expected
+    config = GenerationConfig(max_new_tokens=6, eos_token_id=[3, 4])
+    config.suppress_tokens, config.max_new_tokens = [np.int64(5), np.int64(6)], np.int64(6)
+    assert lm.generate(prompt, config).tolist() == expected
+    assert "integer" in message_of(lambda: lm.generate(prompt, max_new_tokens=np.float64(6.0)))
+    assert "integer" in message_of(lambda: lm.generate(prompt, max_new_tokens=np.bool_(True)))

@@ -1,15 +1,18 @@
-"""`kvq cache create`, `kvq cache info` and `kvq cache verify`."""
+"""`kvq cache`: prompt-cache files are made, shown, checked, pushed to a repository and pulled from one."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 from dataclasses import asdict
 from typing import Any
 
 from ..errors import PromptCacheError
 from ..progress import progress_bar
 from ..prompt_cache import PromptCacheInfo, read_prompt_cache_info, verify_prompt_cache
+from ..prompt_hub import FILE_NAME, pull_prompt_cache, push_prompt_cache
 from .arguments import (
     MODEL_HELP,
     UsageError,
@@ -87,8 +90,36 @@ def _run_verify(options: argparse.Namespace) -> int:
     return 0
 
 
+def _run_push(options: argparse.Namespace) -> int:
+    address = push_prompt_cache(
+        input_file(options.file),
+        options.repository,
+        filename=options.filename,
+        revision=options.revision,
+        private=options.private or None,
+        commit_message=options.message,
+        create_pr=options.create_pr,
+    )
+    print(address)
+    return 0
+
+
+def _run_pull(options: argparse.Namespace) -> int:
+    path = output_file(options.out)
+    found = pull_prompt_cache(options.repository, filename=options.filename, revision=options.revision)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        shutil.copyfile(found, scratch)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    info = read_prompt_cache_info(path)
+    print(f"{path}: {info.tokens} tokens, scheme {info.scheme}, {_size(info)}")
+    return 0
+
+
 def add_commands(commands: Any) -> None:
-    """Add `cache` with its three commands."""
+    """Add `cache` with its commands."""
     parser = commands.add_parser(
         "cache",
         help="Make and check prompt-cache files",
@@ -134,3 +165,37 @@ def add_commands(commands: Any) -> None:
     verify.add_argument("file", metavar="FILE")
     verify.add_argument("--model", metavar="MODEL", help="also check that this model made it")
     add_weight_options(verify)
+
+    push = add_command(
+        cache,
+        "push",
+        _run_push,
+        "Upload a prompt-cache file to a Hugging Face repository, which is made if it does not exist. The file is "
+        "checked first.",
+        "  kvq cache push book.safetensors me/book-cache\n"
+        "  kvq cache push book.safetensors me/caches --filename book.safetensors --private",
+    )
+    push.add_argument("file", metavar="FILE")
+    _add_repository_options(push)
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--message", metavar="TEXT", help="of the commit")
+    push.add_argument("--create-pr", action="store_true", help="propose the file in a pull request")
+
+    pull = add_command(
+        cache,
+        "pull",
+        _run_pull,
+        "Download a prompt-cache file from a Hugging Face repository and check it. With HF_HUB_OFFLINE=1 only what was "
+        "downloaded before is used.",
+        "  kvq cache pull me/book-cache --out book.safetensors",
+    )
+    _add_repository_options(pull)
+    pull.add_argument("--out", required=True, metavar="FILE", help="ends in .safetensors")
+
+
+def _add_repository_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("repository", metavar="OWNER/NAME", help="a model repository")
+    parser.add_argument(
+        "--filename", default=FILE_NAME, metavar="NAME", help=f"in the repository (default: {FILE_NAME})"
+    )
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit (default: the main branch)")

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ..errors import GenerationError
 from .fields import FIELDS, check_fields
 
@@ -66,6 +68,15 @@ def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     for layer in layers:
         values.update({name: value for name, value in layer.items() if value is not None})
     return values
+
+
+def plain(value: Any) -> Any:
+    """A value, and those in a collection, without NumPy: `np.int64(3)` is 3."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return type(value)(map(plain, value)) if type(value) in (list, tuple, set) else value
 
 
 def read_settings(values: Mapping[str, Any], prompt: int) -> Settings:

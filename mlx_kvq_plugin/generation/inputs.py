@@ -86,6 +86,16 @@ def check_vocabulary(model: Any, prompts: Sequence[Sequence[int]], settings: Set
             )
 
 
+def check_draft(model: Any, draft: Any) -> None:
+    """Raise `GenerationError` for a draft model with fewer tokens, which could not read all of the model's."""
+    size, own = model_fact(model, "vocab_size"), model_fact(draft, "vocab_size")
+    if own is None or own < size:
+        raise GenerationError(
+            f"an assistant_model must have at least the model's vocab_size {size}, got {own}; take a draft of the same "
+            "family"
+        )
+
+
 def check_seed(seed: Any) -> int:
     """A seed that MLX takes."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:

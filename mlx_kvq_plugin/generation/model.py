@@ -17,11 +17,11 @@ from ..errors import GenerationError
 from ..loading import compress, compression_of, make_prompt_cache
 from ..schemes import format_scheme, parse_scheme
 from . import decoding
-from .config import PREFILL_CHUNK, Settings, end_tokens, merged, read_settings, sampling_fields_without_sampling
+from .config import PREFILL_CHUNK, Settings, end_tokens, merged, plain, read_settings, sampling_fields_without_sampling
 from .decoding import Row
 from .endings import Ending
 from .fields import FIELDS, shown
-from .inputs import check_callables, check_seed, check_vocabulary, encode_text, read_prompts
+from .inputs import check_callables, check_draft, check_seed, check_vocabulary, encode_text, read_prompts
 from .processors import make_processors
 from .prompts import PromptCache
 
@@ -166,7 +166,7 @@ class CausalLM:
         given = _prompt_caches(past_key_values, self, len(prompts))
         _check_together(settings, len(prompts), draft)
         if draft is not None:
-            check_vocabulary(draft, prompts)
+            check_draft(self.model, draft)
         decode = self._decode(tokenizer) if settings.stop_strings else None
         if seed is not None:
             mx.random.seed(check_seed(seed))
@@ -194,7 +194,7 @@ class CausalLM:
                     "an argument of generate must be one it knows or a field of GenerationConfig, got "
                     f"{name}={shown(value)}; leave it out"
                 )
-        own = self.generation_config.to_dict()
+        own, fields = self.generation_config.to_dict(), {name: plain(value) for name, value in fields.items()}
         if generation_config is None:
             return {**merged(own), **fields}
         from transformers import GenerationConfig
@@ -204,7 +204,8 @@ class CausalLM:
                 "generation_config must be a transformers.GenerationConfig, got "
                 f"{type(generation_config).__name__}; pass a dict as **keywords"
             )
-        return {**merged(own, generation_config.to_dict()), **fields}
+        named = {name: plain(value) for name, value in generation_config.to_dict().items()}
+        return {**merged(own, named), **fields}
 
     def _prompts(
         self, input_ids: Any, attention_mask: Any, values: Mapping[str, Any]

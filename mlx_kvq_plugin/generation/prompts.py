@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from mlx_lm.models import cache as mlx_cache
 
 from ..errors import GenerationError, PromptCacheFormatError
 from ..prompt_cache import PromptCacheInfo, load_prompt_cache, save_prompt_cache
+from ..prompt_hub import FILE_NAME, pull_prompt_cache, push_prompt_cache
 from ..report import CacheReport, cache_report
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ class PromptCache:
     Attributes:
         model: the `CausalLM` it belongs to.
         caches: mlx-lm's caches, one per layer.
-        token_ids: ids of the sequence.
+        token_ids: ids of the sequence, those that the layers do not hold yet included.
         held: how many of them the layers hold, usually all but the last, which the next call reads first.
         scheme: the scheme of the layers.
     """
@@ -39,11 +41,6 @@ class PromptCache:
         self.model, self.caches, self.scheme = model, caches, scheme
         self.token_ids = [int(token) for token in token_ids]
         self.held = held
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """Ids of the sequence, those that the layers do not hold yet included."""
-        return tuple(self.token_ids)
 
     def fork(self) -> PromptCache:
         """A deep copy: what continues one leaves the other as it is. Costs the bytes of the cache."""
@@ -86,6 +83,61 @@ class PromptCache:
         pending = json.loads(info.metadata.get(_PENDING, "[]"))
         held = len(info.token_ids)
         return cls(model, caches, [*info.token_ids, *pending], held=held, scheme=info.scheme)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        filename: str = FILE_NAME,
+        metadata: Mapping[str, str] | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Save the cache and upload it to a Hugging Face repository (`kvq.push_prompt_cache`).
+
+        Args:
+            repo_id: `owner/name`; made if it does not exist.
+            metadata: as for `save`.
+
+        Returns:
+            The address of the commit, or of the pull request.
+
+        Raises:
+            PromptCacheError: as `save`; `PromptCacheHubError` when the hub refuses it.
+        """
+        with tempfile.TemporaryDirectory(prefix="kvq-push-") as folder:
+            path = Path(folder) / FILE_NAME
+            self.save(path, metadata)
+            return push_prompt_cache(
+                path,
+                repo_id,
+                filename=filename,
+                revision=revision,
+                private=private,
+                token=token,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        model: CausalLM,
+        *,
+        filename: str = FILE_NAME,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> PromptCache:
+        """Load a cache from a Hugging Face repository (`kvq.pull_prompt_cache`), for the model that made it.
+
+        Raises:
+            PromptCacheError: as `load`; `PromptCacheHubError` when there is no such file, or the hub cannot be reached.
+        """
+        return cls.load(pull_prompt_cache(repo_id, filename=filename, revision=revision, token=token), model)
 
     def unread(self, tokens: Sequence[int]) -> list[int]:
         """Those of `tokens` that the layers do not hold; at least one, so that there is something to go on from.
