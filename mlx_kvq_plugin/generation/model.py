@@ -154,6 +154,7 @@ class CausalLM:
         Raises:
             GenerationError: for what is not supported or does not fit together, by name.
         """
+        fields = {name: plain(value) for name, value in fields.items()}
         values = self._values(generation_config, fields)
         ids, prompts = self._prompts(input_ids, attention_mask, values)
         settings = read_settings(values, ids.shape[1])
@@ -194,7 +195,7 @@ class CausalLM:
                     "an argument of generate must be one it knows or a field of GenerationConfig, got "
                     f"{name}={shown(value)}; leave it out"
                 )
-        own, fields = self.generation_config.to_dict(), {name: plain(value) for name, value in fields.items()}
+        own = self.generation_config.to_dict()
         if generation_config is None:
             return {**merged(own), **fields}
         from transformers import GenerationConfig
