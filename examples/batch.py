@@ -1,6 +1,8 @@
 """Prompts of uneven lengths at once: mlx-lm's `batch_generate` on compressed caches, and each prompt alone.
 
-python examples/batch.py [--model demo:smollm2] [--kv-scheme tq4]
+    python examples/batch.py [--model demo:smollm2] [--kv-scheme tq4]
+
+No padding is stored: every row's cache holds its own tokens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Bits where they matter: calibrate a model, then the same average with and without an allocation.
 
-python examples/calibrate_and_allocate.py [--model demo:smollm2] [--sequences 3]
+    python examples/calibrate_and_allocate.py [--model demo:smollm2] [--sequences 3]
+
+Calibrate once for a model: `kvq calibrate` keeps the file next to it.
 """
 
 from __future__ import annotations

@@ -13,8 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import mlx.core as mx
-from loading import options, path_of
+from loading import load_hf, options
 
 import mlx_kvq_plugin as kvq
 
@@ -82,10 +81,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="where the first process saves")
     arguments = parser.parse_args()
     if arguments.resume or arguments.save:
-        dtype = "float32" if mx.default_device() == mx.cpu else None  # half precision is slow on CPUs
-        model = kvq.AutoModelForCausalLM.from_pretrained(
-            path_of(arguments.model), kv_scheme=arguments.kv_scheme, dtype=dtype
-        )
+        model = load_hf(arguments.model, arguments.kv_scheme)
         if arguments.save:
             begin(model, arguments.save)
         else:

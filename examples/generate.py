@@ -1,6 +1,8 @@
 """Three lines: load a model with a compressed cache, stream a text, see what the cache holds.
 
-python examples/generate.py [--model demo:smollm2] [--kv-scheme tq4] [--prompt TEXT]
+    python examples/generate.py [--model demo:smollm2] [--kv-scheme tq4] [--prompt TEXT]
+
+Everything else of mlx-lm works in the same way.
 """
 
 from __future__ import annotations

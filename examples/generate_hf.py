@@ -7,11 +7,10 @@ Needs neither a hub nor PyTorch: the default model is made from packages of the 
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
-import mlx.core as mx
+from loading import load_hf, options
 from transformers import GenerationConfig, TextStreamer
 
 import mlx_kvq_plugin as kvq
@@ -64,12 +63,8 @@ def chat(model: kvq.CausalLM) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo:smollm2", help="folder, repository, or demo:smollm2")
-    parser.add_argument("--kv-scheme", default="tq4")
-    arguments = parser.parse_args()
-    dtype = "float32" if mx.default_device() == mx.cpu else None  # half precision is slow on CPUs
-    model = kvq.AutoModelForCausalLM.from_pretrained(arguments.model, kv_scheme=arguments.kv_scheme, dtype=dtype)
+    arguments = options(__doc__).parse_args()
+    model = load_hf(arguments.model, arguments.kv_scheme)
     stream(model)
     batch(model)
     same = ask(model)

@@ -33,3 +33,9 @@ def load(name: str, scheme: str | None) -> tuple[Any, Any]:
     if mx.default_device() == mx.cpu:
         model.set_dtype(mx.float32)
     return model, tokenizer
+
+
+def load_hf(name: str, scheme: str) -> kvq.CausalLM:
+    """The model with transformers' `generate`."""
+    dtype = "float32" if mx.default_device() == mx.cpu else None
+    return kvq.AutoModelForCausalLM.from_pretrained(path_of(name), kv_scheme=scheme, dtype=dtype)

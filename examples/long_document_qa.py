@@ -1,6 +1,8 @@
 """A long document read once, and several questions that go on from forks of its cache.
 
-python examples/long_document_qa.py [--model demo:smollm2] [--kv-scheme tq3] [--document FILE]
+    python examples/long_document_qa.py [--model demo:smollm2] [--kv-scheme tq3] [--document FILE]
+
+A fork costs a copy of the packed bytes; the document is read once, whatever the number of questions.
 """
 
 from __future__ import annotations
@@ -8,10 +10,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import mlx.core as mx
-from loading import options, path_of
-
-import mlx_kvq_plugin as kvq
+from loading import load_hf, options
 
 QUESTIONS = ("When was the lighthouse built?", "Who was Maren Holt?", "When was the tower automated?")
 SETTINGS = {"max_new_tokens": 16, "stop_strings": ["\n"]}
@@ -21,10 +20,7 @@ def main() -> None:
     parser = options(__doc__, "tq3")
     parser.add_argument("--document", type=Path, default=Path(__file__).with_name("document.txt"))
     arguments = parser.parse_args()
-    dtype = "float32" if mx.default_device() == mx.cpu else None  # half precision is slow on CPUs
-    model = kvq.AutoModelForCausalLM.from_pretrained(
-        path_of(arguments.model), kv_scheme=arguments.kv_scheme, dtype=dtype
-    )
+    model = load_hf(arguments.model, arguments.kv_scheme)
     encode, decode = model.tokenizer.encode, model.tokenizer.decode
 
     begin = time.perf_counter()
