@@ -154,7 +154,7 @@ class CausalLM:
         Raises:
             GenerationError: for what is not supported or does not fit together, by name.
         """
-        fields = {name: plain(value) for name, value in fields.items()}
+        fields = {name: plain(value) if name in FIELDS else value for name, value in fields.items()}
         values = self._values(generation_config, fields)
         ids, prompts = self._prompts(input_ids, attention_mask, values)
         settings = read_settings(values, ids.shape[1])

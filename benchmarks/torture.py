@@ -1,0 +1,192 @@
+"""Weights that are hostile to quantized caches, though the model computes the same: how much worse do schemes get?
+
+    python benchmarks/torture.py [--model smollm2 gemma3] [--schemes tq4 tq3 rvq1 mlx-affine4]
+
+    constant  a vector of 5 times the norm of a key is added to all keys of a head after the rotary: softmax drops it
+    pairs     every rotary pair of the keys is scaled by 2^-3 to 2^3, that of the queries by the inverse
+    bias      k_proj gets a bias of 20 times the norm of a key in four channels: another model, measured against itself
+    values    one channel of every value head times 50, its columns of o_proj divided by 50
+
+All but `bias` leave every logit of mlx-lm's own caches as it is, up to rounding, which is checked. Figures are KL means
+in nats, one text, a prefill and single-token steps as in `kvq eval`, and their ratios to those of the untouched model.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+from common import TEXTS, load, machine, print_table, store
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
+
+from mlx_kvq_plugin.cache import KVQCache
+from mlx_kvq_plugin.evaluation import divergence, logprobs
+from mlx_kvq_plugin.ruler import measure
+
+LARGE, BIAS, CHANNELS, VALUE = 5.0, 20.0, 4, 50.0
+SAME = 1e-3  # nats: what rounding may change where a model stays the same
+
+
+def attentions(model: Any) -> list[Any]:
+    """The attention modules, a layer each."""
+    return [layer.self_attn for layer in model.layers]
+
+
+def heads_of(attention: Any) -> tuple[int, int, int]:
+    """Query heads, KV heads, head size."""
+    heads, kv_heads = attention.n_heads, attention.n_kv_heads
+    return heads, kv_heads, attention.k_proj.weight.shape[0] // kv_heads
+
+
+def key_norm(model: Any, ids: list[int]) -> float:
+    """The root of the mean squared norm of the model's keys on a few tokens."""
+    caches = make_prompt_cache(model)
+    mx.eval(model(mx.array([ids[:64]]), cache=caches))
+    squares = [mx.mean(mx.sum(cache.keys[..., :64, :] ** 2, axis=-1)).item() for cache in caches]
+    return float(sum(squares) / len(squares)) ** 0.5
+
+
+@contextmanager
+def constant(model: Any, norm: float) -> Iterator[None]:
+    """Keys get a constant on their way into any cache."""
+    dim = heads_of(attentions(model)[0])[2]
+    direction = mx.random.normal((1, heads_of(attentions(model)[0])[1], 1, dim), key=mx.random.key(1))
+    added = direction / mx.linalg.norm(direction, axis=-1, keepdims=True) * (LARGE * norm)
+    kinds = {kind: kind.update_and_fetch for kind in (KVCache, RotatingKVCache, QuantizedKVCache, KVQCache)}
+
+    def shifted(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, keys, values: original(self, keys + added.astype(keys.dtype), values)
+
+    for kind, original in kinds.items():
+        kind.update_and_fetch = shifted(original)
+    try:
+        yield
+    finally:
+        for kind, original in kinds.items():
+            kind.update_and_fetch = original
+
+
+@contextmanager
+def replaced(modules: list[tuple[Any, str, mx.array]]) -> Iterator[None]:
+    """Other arrays in place of attributes of modules."""
+    before = [(module, name, module.get(name)) for module, name, _ in modules]
+    for module, name, array in modules:
+        module[name] = array
+    mx.eval([array for *_, array in modules])
+    try:
+        yield
+    finally:
+        for module, name, array in before:
+            if array is None:
+                module.pop(name)
+            else:
+                module[name] = array
+
+
+def pairs(model: Any, norm: float) -> Any:
+    """Scaled rotary pairs, in norm weights where keys are normed after their projection."""
+    changes = []
+    for layer, attention in enumerate(attentions(model)):
+        heads, kv_heads, dim = heads_of(attention)
+        exponents = mx.random.uniform(-3, 3, (kv_heads, dim // 2), key=mx.random.key(layer))
+        if "k_norm" in attention:  # one weight for all heads; Gemma's norms multiply by 1 + weight
+            scale = mx.concatenate([2 ** exponents[0]] * 2)
+            for module, factor in ((attention.k_norm, scale), (attention.q_norm, 1 / scale)):
+                changes.append((module, "weight", (1 + module.weight) * factor - 1))
+        else:
+            scale = mx.concatenate([2**exponents] * 2, axis=-1)
+            of_queries = mx.repeat(1 / scale, heads // kv_heads, axis=0)
+            for module, factor in ((attention.k_proj, scale), (attention.q_proj, of_queries)):
+                changes.append((module, "weight", module.weight * factor.reshape(-1, 1)))
+    return replaced(changes)
+
+
+def bias(model: Any, norm: float) -> Any:
+    """Large biases in a few channels of every KV head."""
+    changes = []
+    for attention in attentions(model):
+        _, kv_heads, dim = heads_of(attention)
+        one = mx.zeros((kv_heads, dim))
+        one[:, 3 : 3 + CHANNELS] = BIAS * norm / CHANNELS**0.5
+        changes.append((attention.k_proj, "bias", one.reshape(-1)))
+    return replaced(changes)
+
+
+def values(model: Any, norm: float) -> Any:
+    """A loud channel of values, quiet again in the output projection."""
+    changes = []
+    for attention in attentions(model):
+        heads, kv_heads, dim = heads_of(attention)
+        loud = mx.ones((kv_heads, dim))
+        loud[:, 7] = VALUE
+        changes.append((attention.v_proj, "weight", attention.v_proj.weight * loud.reshape(-1, 1)))
+        quiet = mx.repeat(1 / loud, heads // kv_heads, axis=0).reshape(1, -1)
+        changes.append((attention.o_proj, "weight", attention.o_proj.weight * quiet))
+    return replaced(changes)
+
+
+TORTURES: dict[str, Callable[[Any, float], Any]] = {
+    "constant": constant,
+    "pairs": pairs,
+    "bias": bias,
+    "values": values,
+}
+
+
+def stock_logprobs(model: Any, ids: list[int]) -> mx.array:
+    """Log probabilities of the model with mlx-lm's own caches."""
+    found = logprobs(model(mx.array([ids]), cache=make_prompt_cache(model))[0])
+    mx.eval(found)
+    return found
+
+
+def kl_means(model: Any, ids: list[int], schemes: list[str], prefill: int, steps: int) -> dict[str, float]:
+    """KL mean of every scheme."""
+    rows = measure(model, {"text": ids}, schemes, prefill=prefill, steps=steps)
+    return {row.scheme: row.overall.kl_mean for row in rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", nargs="+", default=["smollm2", "gemma3"])
+    parser.add_argument("--schemes", nargs="+", default=["tq4", "tq3", "rvq1", "mlx-affine4"])
+    parser.add_argument("--text", default="story", choices=list(TEXTS))
+    parser.add_argument("--prefill", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--no-store", action="store_true", help="leave the stored results as they are")
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for name in arguments.model:
+        model, tokenizer = load(name)
+        ids = list(tokenizer.encode(TEXTS[arguments.text]()))[: arguments.prefill + arguments.steps]
+        norm, plain = key_norm(model, ids), stock_logprobs(model, ids)
+        before = kl_means(model, ids, arguments.schemes, arguments.prefill, arguments.steps)
+        for torture, change in TORTURES.items():
+            with change(model, norm):
+                moved = mx.mean(divergence(plain, stock_logprobs(model, ids))).item()
+                if torture != "bias" and moved > SAME:
+                    raise SystemExit(f"{torture} must leave {name} as it is, got {moved:.2g} nats with mlx-lm's caches")
+                after = kl_means(model, ids, arguments.schemes, arguments.prefill, arguments.steps)
+            for scheme in arguments.schemes:
+                rows.append(
+                    {
+                        "model": name,
+                        "torture": torture,
+                        "scheme": scheme,
+                        "kl": round(after[scheme], 5),
+                        "untouched": round(before[scheme], 5),
+                        "ratio": round(after[scheme] / before[scheme], 2),
+                    }
+                )
+                print(rows[-1], flush=True)
+    print(machine())
+    if not arguments.no_store:
+        store("torture", rows)
+    print_table(["model", "torture", "scheme", "KL", "untouched", "ratio"], [tuple(row.values()) for row in rows])
+
+
+if __name__ == "__main__":
+    main()
