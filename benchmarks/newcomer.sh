@@ -10,7 +10,9 @@ source=$(cd "$(dirname "$0")/.." && pwd)
 folder=${1:-$(mktemp -d)}
 mkdir -p "${folder}"
 cd "${folder}"
-export KVQ_CACHE_DIR="${folder}/models" PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+# MLX keeps the kernels that it compiled for the CPU in the temporary folder.
+export KVQ_CACHE_DIR="${folder}/models" TMPDIR="${folder}/tmp" PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+mkdir -p "${TMPDIR}"
 unset PYTHONPATH VIRTUAL_ENV
 
 total=0

@@ -11,6 +11,7 @@ import json
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -29,22 +30,36 @@ def served(model: str, scheme: str) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     kvq = Path(sys.executable).with_name("kvq")
-    server = subprocess.Popen([kvq, "serve", model, "--kv-scheme", scheme, "--port", str(port)], stderr=subprocess.PIPE)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        for _ in range(600):
-            if server.poll() is not None:
-                assert server.stderr is not None
-                raise SystemExit(f"the server must start, it ended: {server.stderr.read().decode()}")
+    with tempfile.TemporaryFile() as log:
+        command = [kvq, "serve", model, "--kv-scheme", scheme, "--port", str(port)]
+        server = subprocess.Popen(command, stderr=log)
+        try:
+            address = f"http://127.0.0.1:{port}"
+            if not healthy(server, address):
+                log.seek(0)
+                raise SystemExit(
+                    f"the server must start within a minute, its last words: {log.read().decode()[-2000:]}"
+                )
+            yield address
+        finally:
+            server.terminate()
             try:
-                urllib.request.urlopen(f"{address}/health").close()
-                break
-            except urllib.error.URLError:
-                time.sleep(0.1)
-        yield address
-    finally:
-        server.terminate()
-        server.communicate()
+                server.wait(10)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+
+
+def healthy(server: subprocess.Popen[bytes], address: str) -> bool:
+    """Whether a server answers before it ends and within a minute."""
+    end = time.monotonic() + 60
+    while server.poll() is None and time.monotonic() < end:
+        try:
+            urllib.request.urlopen(f"{address}/health").close()
+            return True
+        except urllib.error.URLError:
+            time.sleep(0.1)
+    return False
 
 
 def main() -> None:

@@ -223,6 +223,12 @@ def test_server_client_streams_an_answer_and_the_report():
     assert json.loads("{" + report)["scheme"] == "tq4"
 
 
+def test_server_client_says_why_a_server_does_not_start():
+    command = [sys.executable, str(ROOT / "examples" / "server_client.py"), "--model", "no/such/model"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)
+    assert done.returncode == 1 and "the server must start" in done.stderr and "'no/such/model'" in done.stderr
+
+
 @pytest.mark.real_model
 def test_calibrate_and_allocate_loses_less_at_equal_bytes():
     text = printed("calibrate_and_allocate", "--sequences", "1")
