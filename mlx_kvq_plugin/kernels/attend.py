@@ -256,7 +256,6 @@ class FusedPlan:
                 **self._defines(),
                 "KVQ_KEY_PLANES": ", ".join(f"key{i}" for i in range(len(self.key_layout.planes))),
                 "KVQ_VALUE_PLANES": ", ".join(f"value{i}" for i in range(len(self.value_layout.planes))),
-                "KVQ_QUERY_TYPE": call.dtype,
                 "KVQ_GROUP_THREADS": 32 * self.launch.warps,
                 "KVQ_GROUPS_PER_CORE": self.launch.groups_per_core,
             },
@@ -353,7 +352,7 @@ class FusedPlan:
         if self.merge is None:
             return found[0]
         return self.merge(
-            inputs=[*found, arrays[0], sizes.constants[-1]],
+            inputs=[*found, arrays[0], arrays[len(sizes.constants) - 1]],  # the integers and the tables
             grid=self._merge_grid,
             threadgroup=_WARP,
             output_shapes=[self._output_shape],
