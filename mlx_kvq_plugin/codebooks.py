@@ -123,3 +123,13 @@ def embedded_stage(bits: int, total_bits: int) -> tuple[tuple[float, ...], float
     levels = moment / probability
     mse = float(1.0 - 2.0 * np.sum(moment * levels))
     return tuple((-levels[::-1]).tolist() + levels.tolist()), mse
+
+
+def level_book(bits: int, coefficients: tuple[float, ...]) -> Codebook:
+    """The codebook whose `2**bits` levels are an odd polynomial of the centred index, with its nearest-level cells."""
+    count = 2 ** (bits - 1)
+    t = (2.0 * np.arange(count, 2 * count) + 1.0) / (2 * count) - 1.0
+    levels = sum(c * t ** (2 * k + 1) for k, c in enumerate(coefficients)) + np.zeros(count)
+    thresholds = tuple((0.5 * (levels[1:] + levels[:-1])).tolist())
+    every = tuple((-levels[::-1]).tolist() + levels.tolist())
+    return Codebook(bits, coefficients, every, thresholds, _mse(levels))

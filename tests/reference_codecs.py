@@ -16,6 +16,7 @@ from mlx_kvq_plugin.codebooks import odd_codebook
 from mlx_kvq_plugin.codecs import get_codec
 from mlx_kvq_plugin.codecs.polar import angle_codebook
 from mlx_kvq_plugin.rotation import rotate, signs
+from mlx_kvq_plugin.trellis import trellis
 
 Arrays = dict[str, Any]
 NONE: Arrays = {}
@@ -174,6 +175,22 @@ def decode_slowly(
         found = np.zeros_like(joined)
         np.put_along_axis(found, np.broadcast_to(order, joined.shape), joined, axis=-1)
         return found
+    if name.startswith("tcq"):
+        code, width = trellis(int(name[-1])), dim // 8
+        bits, *stored = (
+            unpack_slowly(planes["codes"][..., i * width : (i + 1) * width], dim, 1) for i in range(code.bits)
+        )
+        index = np.zeros_like(bits)
+        for bit in stored:
+            index = 2 * index + bit
+        in_time = [i * width + j for j in range(width) for i in range(8)]  # channels
+        coded = np.zeros_like(bits)
+        for i, generator in enumerate(code.generators):
+            for t, channel in enumerate(in_time):
+                taps = [in_time[t - j] for j in range(9) if generator >> j & 1]
+                coded[..., channel] |= bits[..., taps].sum(axis=-1) % 2 << i
+        levels = np.array(code.book.levels)[index << len(code.generators) | coded]
+        return levels * float64(planes["scale"]) @ matrix_of(dim, seed, rotation).T
     if name.startswith("qjl"):
         blocks = int(name[-1])
         sketch = 2.0 * unpack_slowly(planes["signs"], blocks * dim, 1) - 1.0

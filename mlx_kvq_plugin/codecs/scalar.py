@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ..codebooks import odd_codebook
+from ..codebooks import Codebook, odd_codebook
 from ..packing import from_lanes, has_lanes, lane_codes, to_lanes, word_codes
 from ..sphere import scaled_error
 from . import LEAST_SQUARES, NORM, UNBIASED
@@ -31,10 +31,10 @@ def _centred(codes: mx.array, bits: int, dtype: mx.Dtype) -> mx.array:
     return t
 
 
-def _levels(codes: mx.array, bits: int, dtype: mx.Dtype) -> mx.array:
-    """Codebook levels of `codes` by Horner's rule; elementwise, so it fuses under compile."""
-    t = _centred(codes, bits, dtype)
-    first, *rest = reversed(odd_codebook(bits).coefficients)
+def levels_of(codes: mx.array, book: Codebook, dtype: mx.Dtype = mx.float32) -> mx.array:
+    """Levels of sorted `codes` by Horner's rule; elementwise, so it fuses under compile."""
+    t = _centred(codes, book.bits, dtype)
+    first, *rest = reversed(book.coefficients)
     if not rest:
         return t * first
     square = t * t
@@ -55,7 +55,7 @@ def _quantizer(bits: int) -> Callable[[mx.array], list[mx.array]]:
         for threshold in book.thresholds:
             index = index + (magnitude > threshold)
         codes = mx.where(z < 0, half - 1 - index, half + index).astype(mx.uint8)
-        return [codes, _levels(codes, bits, mx.float32)]
+        return [codes, levels_of(codes, book)]
 
     return mx.compile(quantize, shapeless=True)
 
@@ -72,10 +72,19 @@ def quantize(y: mx.array, bits: int, scaling: str = LEAST_SQUARES) -> tuple[mx.a
     Returns:
         Sorted codes `(..., D)` uint8 and the scale `(..., 1)` of `SCALE_DTYPE`, 0 for a zero token.
     """
-    dim = y.shape[-1]
-    energy = mx.sum(y * y, axis=-1, keepdims=True)
-    z = y * (mx.rsqrt(mx.maximum(energy, 1e-37)) * dim**0.5)
+    z, energy = unit_variance(y)
     codes, levels = _quantizer(bits)(z)
+    return codes, token_scale(y, energy, levels, scaling)
+
+
+def unit_variance(y: mx.array) -> tuple[mx.array, mx.array]:
+    """Tokens `(..., D)` over their root mean square, and their energies `(..., 1)`."""
+    energy = mx.sum(y * y, axis=-1, keepdims=True)
+    return y * (mx.rsqrt(mx.maximum(energy, 1e-37)) * y.shape[-1] ** 0.5), energy
+
+
+def token_scale(y: mx.array, energy: mx.array, levels: mx.array, scaling: str) -> mx.array:
+    """The factors `(..., 1)` of `SCALE_DTYPE` from `levels` to tokens `y` `(..., D)` of `energy`, as in `quantize`."""
     product, size = mx.sum(y * levels, axis=-1, keepdims=True), mx.sum(levels * levels, axis=-1, keepdims=True)
     if scaling == LEAST_SQUARES:
         scale = product / size
@@ -83,7 +92,7 @@ def quantize(y: mx.array, bits: int, scaling: str = LEAST_SQUARES) -> tuple[mx.a
         scale = mx.sqrt(energy / size)
     else:
         scale = energy / mx.maximum(product, 1e-37)
-    return codes, scale.astype(getattr(mx, SCALE_DTYPE))
+    return scale.astype(getattr(mx, SCALE_DTYPE))
 
 
 def nearest_codes(z: mx.array, bits: int) -> mx.array:
@@ -93,19 +102,19 @@ def nearest_codes(z: mx.array, bits: int) -> mx.array:
 
 def dequantize(codes: mx.array, scale: mx.array, bits: int, dtype: mx.Dtype) -> mx.array:
     """Rotated tokens `(..., D)` in `dtype` from unpacked codes and scales: the plain twin of the packed products."""
-    return (_levels(codes, bits, mx.float32) * scale.astype(mx.float32)).astype(dtype)
+    return (levels_of(codes, odd_codebook(bits)) * scale.astype(mx.float32)).astype(dtype)
 
 
 @cache
-def _monic(bits: int) -> tuple[float, list[float]]:
-    """Level i of `odd_codebook` as a factor times v^n + c v^(n - 2) + ..., v = i - (2^b - 1) / 2; the rest: c, ..."""
-    step = 2.0 / 2**bits
-    scaled = [c * step ** (2 * i + 1) for i, c in enumerate(odd_codebook(bits).coefficients)]
+def _monic(book: Codebook) -> tuple[float, list[float]]:
+    """Level i of a codebook as a factor times v^n + c v^(n - 2) + ..., v = i - (2^b - 1) / 2; the rest: c, ..."""
+    step = 2.0 / 2**book.bits
+    scaled = [c * step ** (2 * i + 1) for i, c in enumerate(book.coefficients)]
     return scaled[-1], [c / scaled[-1] for c in reversed(scaled[:-1])]
 
 
 @cache
-def _decoder(bits: int, dtype_name: str) -> Callable[[mx.array], mx.array]:
+def _decoder(book: Codebook, dtype_name: str) -> Callable[[mx.array], mx.array]:
     """Compiled: codes to levels over `_factor`.
 
     Tracing for all shapes counts two operations for each that has a constant, and fuses a chain of at most eleven: the
@@ -113,10 +122,10 @@ def _decoder(bits: int, dtype_name: str) -> Callable[[mx.array], mx.array]:
     """
     dtype: mx.Dtype = getattr(mx, dtype_name)
     unit = dtype == mx.float32
-    factor, rest = _monic(bits)
+    factor, rest = _monic(book)
 
     def decode(codes: mx.array) -> mx.array:
-        v = codes.astype(mx.float32) - (2**bits - 1) / 2
+        v = codes.astype(mx.float32) - (2**book.bits - 1) / 2
         if not rest:
             total: mx.array | float = 1.0
         elif len(rest) == 1:
@@ -132,40 +141,50 @@ def _decoder(bits: int, dtype_name: str) -> Callable[[mx.array], mx.array]:
     return mx.compile(decode, shapeless=True)
 
 
-def _factor(bits: int, dtype: mx.Dtype) -> float:
+def _factor(book: Codebook, dtype: mx.Dtype) -> float:
     """What `packed_levels` are to be multiplied with; 1 in half precision, which could not hold them without."""
-    return _monic(bits)[0] if dtype == mx.float32 else 1.0
+    return _monic(book)[0] if dtype == mx.float32 else 1.0
 
 
-def packed_levels(packed: Sequence[mx.array], dim: int, stages: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+def packed_levels(
+    packed: Sequence[mx.array], dim: int, stages: tuple[int, ...], dtype: mx.Dtype, book: Codebook | None = None
+) -> mx.array:
     """Codebook levels `(B, Hkv, S, D)` over `_factor` of packed stages `(B, Hkv, S, D * bits / 8)`.
 
     Channels are in the order of lanes (`packing.to_lanes`) where the rows have lanes.
+
+    Args:
+        stages: bits of each, the highest first.
+        book: of that many bits in all; `odd_codebook` for `None`, as in the functions below.
     """
     lanes = len(stages) == 1 and has_lanes(stages[0])
     codes = lane_codes(packed[0], stages[0]) if lanes else word_codes(packed, dim, stages)
-    return _decoder(sum(stages), str(dtype).removeprefix("mlx.core."))(codes)
+    return _decoder(book or odd_codebook(sum(stages)), str(dtype).removeprefix("mlx.core."))(codes)
 
 
-def packed_scores(queries: mx.array, packed: Sequence[mx.array], stages: tuple[int, ...]) -> mx.array:
+def packed_scores(
+    queries: mx.array, packed: Sequence[mx.array], stages: tuple[int, ...], book: Codebook | None = None
+) -> mx.array:
     """`(B, Hkv, R, D)` queries times the levels of packed stages: `(B, Hkv, R, S)`, scales not applied."""
-    levels = packed_levels(packed, queries.shape[-1], stages, queries.dtype)
+    levels = packed_levels(packed, queries.shape[-1], stages, queries.dtype, book)
     if len(stages) == 1 and has_lanes(stages[0]):
         queries = to_lanes(queries, stages[0])
-    queries = queries * _factor(sum(stages), queries.dtype)
+    queries = queries * _factor(book or odd_codebook(sum(stages)), queries.dtype)
     return (levels @ queries.swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
-def packed_sum(weights: mx.array, packed: Sequence[mx.array], dim: int, stages: tuple[int, ...]) -> mx.array:
+def packed_sum(
+    weights: mx.array, packed: Sequence[mx.array], dim: int, stages: tuple[int, ...], book: Codebook | None = None
+) -> mx.array:
     """`(B, Hkv, R, S)` weights (scales applied) times the levels of packed stages: `(B, Hkv, R, D)`."""
-    total = weights @ packed_levels(packed, dim, stages, weights.dtype)
-    total = total * _factor(sum(stages), weights.dtype)
+    total = weights @ packed_levels(packed, dim, stages, weights.dtype, book)
+    total = total * _factor(book or odd_codebook(sum(stages)), weights.dtype)
     return from_lanes(total, stages[0]) if len(stages) == 1 and has_lanes(stages[0]) else total
 
 
 def unpacked_levels(codes: mx.array, bits: int) -> mx.array:
     """Codebook levels `(..., D)` float32 of unpacked sorted codes."""
-    return _levels(codes, bits, mx.float32)
+    return levels_of(codes, odd_codebook(bits))
 
 
 def scaled_band(bits: int, dim: int, scaling: str = LEAST_SQUARES) -> tuple[float, float]:

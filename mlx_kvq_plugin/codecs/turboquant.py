@@ -15,10 +15,11 @@ from typing import ClassVar
 
 import mlx.core as mx
 
+from ..codebooks import Codebook, odd_codebook
 from ..packing import pack, packed_width, unpack
 from ..rotation import check_dim, rotate, unrotate
 from . import NO_STATISTICS, Codec, Plane, Planes, Published, Statistics
-from .scalar import SCALE_DTYPE, SHRINKAGE, dequantize, packed_scores, packed_sum, quantize, scaled_band
+from .scalar import SCALE_DTYPE, SHRINKAGE, levels_of, packed_scores, packed_sum, quantize, scaled_band
 
 PAPER = "TurboQuant, arXiv 2504.19874"
 _REPORTED = {1: 0.36, 2: 0.117, 3: 0.03, 4: 0.009}  # theorem 1, by bits
@@ -70,6 +71,11 @@ class TurboQuant(Codec):
         """Bits of each code plane, highest bits first."""
         return (self.bits,)
 
+    @property
+    def book(self) -> Codebook:
+        """The levels, by index."""
+        return odd_codebook(sum(self.stages))
+
     def expected_mse(self, dim: int) -> tuple[float, float] | None:
         return scaled_band(sum(self.stages), dim, self.scaling)
 
@@ -93,7 +99,7 @@ class TurboQuant(Codec):
         return unpack(planes["codes"], dim, self.bits)
 
     def _decode(self, planes: Planes, dim: int, dtype: mx.Dtype, statistics: Statistics) -> mx.array:
-        y = dequantize(self.codes(planes, dim), planes["scale"], sum(self.stages), mx.float32)
+        y = levels_of(self.codes(planes, dim), self.book) * planes["scale"].astype(mx.float32)
         return unrotate(y, self.seed, self.rotation).astype(dtype)
 
     def transform_queries(self, queries: mx.array, statistics: Statistics = NO_STATISTICS) -> mx.array:
@@ -101,7 +107,7 @@ class TurboQuant(Codec):
 
     def scores(self, queries: mx.array, planes: Planes, statistics: Statistics = NO_STATISTICS) -> mx.array:
         scale = planes["scale"].astype(mx.float32).swapaxes(-1, -2)
-        scores = packed_scores(queries, self._packed(planes), self.stages)
+        scores = packed_scores(queries, self._packed(planes), self.stages, self.book)
         return scores.astype(mx.float32) * scale  # in half precision large keys overflow
 
     def weighted_sum(
@@ -109,7 +115,7 @@ class TurboQuant(Codec):
     ) -> mx.array:
         scale = planes["scale"].astype(mx.float32).swapaxes(-1, -2)
         scaled = (weights.astype(mx.float32) * scale).astype(weights.dtype)
-        return packed_sum(scaled, self._packed(planes), dim, self.stages)
+        return packed_sum(scaled, self._packed(planes), dim, self.stages, self.book)
 
     def untransform_output(self, output: mx.array, statistics: Statistics = NO_STATISTICS) -> mx.array:
         return unrotate(output, self.seed, self.rotation)
