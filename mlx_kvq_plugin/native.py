@@ -30,7 +30,7 @@ def compiler() -> str | None:
 
 @cache
 def library(name: str) -> ctypes.CDLL | None:
-    """The functions of `mlx_kvq_plugin/<name>.cpp`; `None`, with one warning that says why, where it cannot be compiled."""
+    """The functions of `mlx_kvq_plugin/<name>.cpp`; `None`, with one warning, where it cannot be compiled."""
     source = resources.files(__package__).joinpath(f"{name}.cpp").read_text()
     built = compiler()
     if built is None:
@@ -61,6 +61,4 @@ def _compile(built: str, source: str, path: Path) -> None:
 
 
 def _warn(name: str, reason: str) -> None:
-    log.warning(
-        "%s runs as plain MLX operations, about a hundred times slower, as it cannot be compiled: %s", name, reason
-    )
+    log.warning("%s runs as plain MLX operations, far slower, as it cannot be compiled: %s", name, reason)
