@@ -25,7 +25,7 @@ from mlx_kvq_plugin.ruler import measure
 
 def decode_at_bytes(codec: TurboQuant, planes: Any, dim: int, dtype: mx.Dtype, statistics: Any) -> mx.array:
     """As the codec's own decoding, at levels of bytes."""
-    integers, unit = byte_levels(sum(codec.stages))
+    integers, unit = byte_levels(codec.book)
     levels = mx.array(np.array(integers, np.float32) * unit)
     y = levels[codec.codes(planes, dim)] * planes["scale"].astype(mx.float32)
     return unrotate(y, codec.seed, codec.rotation).astype(dtype)

@@ -106,7 +106,7 @@ def decoded(codec: Codec, planes: Any, dim: int, statistics: Any, byte_levels: b
     """Tokens of a codec's planes; with `byte_levels` at the levels that products of bytes have."""
     if not byte_levels:
         return codec.decode(planes, dim, mx.float32, statistics)
-    integers, unit = levels_of_bytes(sum(codec.stages))
+    integers, unit = levels_of_bytes(codec.book)
     levels = mx.array(np.array(integers, np.float32) * unit)
     return unrotate(levels[codec.codes(planes, dim)] * planes["scale"].astype(mx.float32), codec.seed)
 

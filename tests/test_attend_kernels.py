@@ -18,6 +18,7 @@ kernel_cpu.register_backends()
 
 SHAPES = 8
 CODECS = ("tq1", "tq2", "tq3", "tq4", "tq5", "tq6", "rvq1", "rvq2", "rvq3")
+TRELLIS = ("tcq1", "tcq2", "tcq3", "tcq4")
 DIMS = (64, 128, 256)
 # What is not about codes goes through these lists, whose lengths have no common factors.
 GROUPS = ((1, 1), (4, 1), (16, 1), (7, 2), (2, 8), (16, 4), (3, 3), (8, 1), (5, 5), (1, 6), (12, 4), (6, 7), (2, 1))
@@ -35,11 +36,11 @@ ROTARIES = (
 )
 
 
-def code_configs() -> list[Config]:
+def code_configs(codecs: tuple[str, ...] = CODECS) -> list[Config]:
     """Every codec at every head size, once for keys and once for values."""
     found = []
-    for n, (i, j) in enumerate(product(range(len(CODECS)), range(len(DIMS)))):
-        key, value = CODECS[i], CODECS[(i + 2 * j + 1) % len(CODECS)]
+    for n, (i, j) in enumerate(product(range(len(codecs)), range(len(DIMS)))):
+        key, value = codecs[i], codecs[(i + 2 * j + 1) % len(codecs)]
         dims = DIMS[j], DIMS[(i + j) % len(DIMS)]
         layout, part, magnitude, framed = ROTARIES[n % len(ROTARIES)]
         dense, queries = DTYPES[n % len(DTYPES)]
@@ -73,14 +74,14 @@ def mask_configs() -> list[Config]:
 
 
 @pytest.mark.parametrize("on", BACKENDS)
-@pytest.mark.parametrize("config", code_configs(), ids=str)
+@pytest.mark.parametrize("config", code_configs() + code_configs(TRELLIS), ids=str)
 def test_every_codec_and_head_size(config: Config, on: str) -> None:
     for held in contents(config, SHAPES):
         check(config, held, on)
 
 
 @pytest.mark.skipif(backend() != "", reason="a GPU has one kind of products")
-@pytest.mark.parametrize("config", code_configs(), ids=str)
+@pytest.mark.parametrize("config", code_configs() + code_configs(TRELLIS), ids=str)
 def test_every_codec_by_products_of_half_precision(config: Config) -> None:
     # Which Metal runs for all codecs, and CUDA for those of more than four bits.
     for held in contents(config, 2):

@@ -11,6 +11,7 @@ import pytest
 from token_cases import (
     BACKENDS,
     KINDS,
+    TRELLIS_KINDS,
     PRELUDES,
     Kind,
     Shape,
@@ -85,7 +86,7 @@ def check(kind: Kind, shape: Shape, on: str) -> None:
 
 
 @pytest.mark.parametrize("on", BACKENDS)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, *TRELLIS_KINDS], ids=str)
 def test_tokens_are_decoded_as_plain_operations_decode_them(kind: Kind, on: str) -> None:
     for shape in shapes(kind, SHAPES):
         check(kind, shape, on)

@@ -13,6 +13,7 @@ from token_cases import (
     BACKENDS,
     KINDS,
     PRELUDES,
+    TRELLIS_KINDS,
     Kind,
     Shape,
     best_scale,
@@ -28,6 +29,7 @@ from token_cases import (
 from mlx_kvq_plugin.batch import BatchKVQCache
 from mlx_kvq_plugin.cache import KVQCache
 from mlx_kvq_plugin.codecs import UNBIASED
+from mlx_kvq_plugin.codecs.trellis import TrellisCoded
 from mlx_kvq_plugin.errors import KernelError
 from mlx_kvq_plugin.frame import KeyFrame
 from mlx_kvq_plugin.kernels.build import backend
@@ -85,6 +87,9 @@ def check_codec(codec: Any, got: Planes, plain: Planes, x: Any, lost: Any) -> No
     slack = 16 * ULP * np.sqrt(dim) * (1 + np.divide(lost, norm, out=np.zeros_like(norm), where=norm > 0))
     codes, plain_codes = codes_of(codec, got, dim), codes_of(codec, plain, dim)
     book = levels(codec)
+    if isinstance(codec, TrellisCoded):
+        check_trellis(codec, got, plain, y, z, slack)
+        return
     nearest = np.abs(z[..., None] - book).min(axis=-1)
     assert np.all(np.abs(z - book[codes]) <= nearest + 2 * slack)
     different = codes != plain_codes
@@ -97,6 +102,18 @@ def check_codec(codec: Any, got: Planes, plain: Planes, x: Any, lost: Any) -> No
     assert np.all(np.abs(scale - expected) <= 1.01 * SCALE_ULP * expected + 1e-37)
     same = ~different.any(axis=-1, keepdims=True)
     assert np.all((np.abs(scale - in_float64(plain["scale"])) <= 2.01 * SCALE_ULP * expected + 1e-37) | ~same)
+
+
+def check_trellis(codec: TrellisCoded, got: Planes, plain: Planes, y: Any, z: Any, slack: Any) -> None:
+    """Paths may differ where two are as good; what they cost may not, nor how codes follow from trellis bits."""
+    dim, book = y.shape[-1], levels(codec)
+    codes, plain_codes = codes_of(codec, got, dim), codes_of(codec, plain, dim)
+    cost, plain_cost = (np.sum((z - book[c]) ** 2, axis=-1, keepdims=True) for c in (codes, plain_codes))
+    assert np.all(np.abs(cost - plain_cost) <= 8 * slack * np.sqrt(dim) * np.sqrt(plain_cost + 1) + 1e-9)
+    different = (codes != plain_codes).any(axis=-1)
+    assert different.mean() <= 0.02 if different.size else True
+    expected = best_scale(codec, y, codes)
+    assert np.all(np.abs(in_float64(got["scale"]) - expected) <= 1.01 * SCALE_ULP * expected + 1e-37)
 
 
 def check(kind: Kind, shape: Shape, on: str) -> None:
@@ -129,6 +146,13 @@ def check(kind: Kind, shape: Shape, on: str) -> None:
 def test_blocks_are_encoded_as_plain_operations_encode_them(kind: Kind, on: str) -> None:
     for shape in shapes(kind, SHAPES):
         check(kind, replace(shape, dense=max(1, shape.dense)), on)
+
+
+@pytest.mark.parametrize("on", BACKENDS)
+@pytest.mark.parametrize("kind", TRELLIS_KINDS, ids=str)
+def test_blocks_are_encoded_by_trellis_codes(kind: Kind, on: str) -> None:
+    for shape in shapes(kind, 3):
+        check(kind, replace(shape, batch=1, dense=min(24, max(1, shape.dense))), on)
 
 
 @pytest.mark.parametrize("on", PRELUDES)

@@ -11,7 +11,6 @@ import numpy as np
 from fused_cases import rotary_of
 
 from mlx_kvq_plugin.cache import KVQCache
-from mlx_kvq_plugin.codebooks import odd_codebook
 from mlx_kvq_plugin.codecs import LEAST_SQUARES, NORM, UNBIASED, Codec
 from mlx_kvq_plugin.frame import KeyFrame
 from mlx_kvq_plugin.kernels.build import backend
@@ -64,6 +63,13 @@ KINDS = [
     Kind("k=tq2,v=rvq1", (256, 128), pairs=7, layout="interleaved", scaling=UNBIASED),
     Kind("k=tq5,v=tq6", (128, 32), pairs=0),
     Kind("k=tq4,v=rvq2", (64, 256), framed=False, dtype=mx.float16, scaling=NORM),
+]
+TRELLIS_KINDS = [
+    Kind("k=tcq3,v=tcq2", (128, 128), dtype=mx.bfloat16),
+    Kind("k=tcq4,v=tq3,seed=3", (64, 256), pairs=16, layout="interleaved"),
+    Kind("k=tcq1,v=tcq4", (32, 64), framed=False, dtype=mx.float16, scaling=NORM),
+    Kind("k=tcq2,v=tcq3", (256, 256), pairs=7, scaling=LEAST_SQUARES),
+    Kind("k=rvq1,v=tcq3", (128, 32), pairs=0, dtype=mx.float16),
 ]
 
 
@@ -167,7 +173,7 @@ def codes_of(codec: Any, planes: dict[str, mx.array], dim: int) -> Any:
 
 
 def levels(codec: Any) -> Any:
-    return np.array(odd_codebook(sum(codec.stages)).levels)
+    return np.array(codec.book.levels)
 
 
 def rotated(codec: Any, x: Any) -> Any:

@@ -1,14 +1,21 @@
 // Tiles by products of 8-bit integers, 32 channels, or tokens, at a time. Queries and weights are two bytes, in two
 // columns of the right operand: column 2 n has the high bytes of query row n, column 2 n + 1 the low ones, so a lane's
 // two neighbouring columns are one query row. Weights, times the scales of their values, are integers relative to the
-// highest of their tile; its sums are added to those of the tiles before it in float32.
+// highest of their tile; its sums are added to those of the tiles before it in float32. Signed levels (byte_codes.py)
+// are half a unit above their bytes: half the sum of the queries, or of the weights, is added to products.
 kvq_uint query[KVQ_NT][KVQ_DK / 32][2];
 float factor[KVQ_NT];
 #if KVQ_FRAME
 float mean_factor[KVQ_NT], steady[KVQ_NT];
 #endif
+#if KVQ_KEY_SIGNED
+float half_query[KVQ_NT];
+#endif
 KVQ_UNROLL
 for (int nt = 0; nt < KVQ_NT; nt++) {
+#if KVQ_KEY_SIGNED
+  int query_sum = 0;
+#endif
   KVQ_UNROLL
   for (int quad = 0; quad < KVQ_DK / 16; quad++) {
     kvq_uint packed_quad = 0;
@@ -17,9 +24,17 @@ for (int nt = 0; nt < KVQ_NT; nt++) {
       const float x = shared_rows[(4 * nt + row / 2) * KVQ_SHARED_DIM + key_channel(col, quad, i)];
       const int whole = kvq_round(x * KVQ_QUERY_UNITS), high = (whole + 64) >> 7;
       packed_quad |= ((kvq_uint)(row % 2 ? whole - 128 * high : high) & 0xffu) << (8 * i);
+#if KVQ_KEY_SIGNED
+      query_sum += whole;
+#endif
     }
     query[nt][quad / 2][quad % 2] = packed_quad;
   }
+#if KVQ_KEY_SIGNED
+  query_sum += (int)kvq_shuffle_xor_uint((kvq_uint)query_sum, 1);
+  query_sum += (int)kvq_shuffle_xor_uint((kvq_uint)query_sum, 2);
+  half_query[nt] = 0.5f * (float)(int)kvq_shuffle_uint((kvq_uint)query_sum, 8 * col);
+#endif
   factor[nt] = shared_factor[4 * nt + col] * (KVQ_KEY_UNIT / KVQ_QUERY_UNITS);
 #if KVQ_FRAME
   mean_factor[nt] = shared_mean_factor[4 * nt + col];
@@ -29,8 +44,14 @@ for (int nt = 0; nt < KVQ_NT; nt++) {
 
 float sums[KVQ_NT][KVQ_DV / 16][2];
 float peak[KVQ_NT], total[KVQ_NT];
+#if KVQ_VALUE_SIGNED
+float weight_sum[KVQ_NT];
+#endif
 KVQ_UNROLL
 for (int nt = 0; nt < KVQ_NT; nt++) {
+#if KVQ_VALUE_SIGNED
+  weight_sum[nt] = 0.0f;
+#endif
   KVQ_UNROLL
   for (int mt = 0; mt < KVQ_DV / 16; mt++) sums[nt][mt][0] = sums[nt][mt][1] = 0.0f;
   peak[nt] = KVQ_LOWEST;
@@ -135,7 +156,11 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
       KVQ_UNROLL
       for (int i = 0; i < 2; i++) {
         const int product = (products[2 * i] + others[2 * i]) * 128 + (products[2 * i + 1] + others[2 * i + 1]);
+#if KVQ_KEY_SIGNED
+        float score = ((float)product + half_query[nt]) * (key_size[sub][i] * factor[nt]);
+#else
         float score = (float)product * (key_size[sub][i] * factor[nt]);
+#endif
 #if KVQ_FRAME
         score += kvq_fma(means[2 * i] + more_means[2 * i], mean_factor[nt], steady[nt]);
 #endif
@@ -178,6 +203,9 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
   }
   // Online softmax: one maximum for a tile, and one of weights times scales of values.
   float share[KVQ_NT], tile_total[KVQ_NT];
+#if KVQ_VALUE_SIGNED
+  float tile_weights[KVQ_NT];
+#endif
   KVQ_UNROLL
   for (int nt = 0; nt < KVQ_NT; nt++) {
     float highest = scores[0][nt][0], heaviest = 4.0f * KVQ_LOWEST;
@@ -199,12 +227,18 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
     if (kvq_any(peak_now != peak[nt])) {
       const float decay = kvq_exp2(peak[nt] - peak_now);
       total[nt] *= decay;
+#if KVQ_VALUE_SIGNED
+      weight_sum[nt] *= decay;
+#endif
       KVQ_UNROLL
       for (int mt = 0; mt < KVQ_DV / 16; mt++) sums[nt][mt][0] *= decay, sums[nt][mt][1] *= decay;
       peak[nt] = peak_now;
     }
     share[nt] = kvq_exp2(highest - peak_now + heaviest);
     tile_total[nt] = 0.0f;
+#if KVQ_VALUE_SIGNED
+    tile_weights[nt] = 0.0f;
+#endif
   }
 #if KVQ_AHEAD
   KVQ_LOAD_SIZES(kvq_min(tile + stride, last_tile));
@@ -239,6 +273,9 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
         for (int i = 0; i < 2; i++) {
           const float weight = kvq_exp2(scores[sub][nt][i]);
           tile_total[nt] = kvq_fma(weight, value_size[sub][i], tile_total[nt]);
+#if KVQ_VALUE_SIGNED
+          tile_weights[nt] += weight;
+#endif
           // An integer below 2^14 in the low bits of 2^23 and more.
           whole_weight[i] = kvq_float_bits(kvq_fma(weight, KVQ_WEIGHT_UNITS, 8388608.0f));
         }
@@ -258,6 +295,9 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
   KVQ_UNROLL
   for (int nt = 0; nt < KVQ_NT; nt++) {
     total[nt] = kvq_fma(tile_total[nt], share[nt], total[nt]);
+#if KVQ_VALUE_SIGNED
+    weight_sum[nt] = kvq_fma(tile_weights[nt], share[nt], weight_sum[nt]);
+#endif
     KVQ_UNROLL
     for (int mt = 0; mt < KVQ_DV / 16; mt++) {
       KVQ_UNROLL
@@ -272,6 +312,9 @@ for (int tile = first_tile; tile <= last_tile; tile += stride) {
 KVQ_UNROLL
 for (int nt = 0; nt < KVQ_NT; nt++) {
   const float sum = kvq_row_sum(total[nt]);
+#if KVQ_VALUE_SIGNED
+  weight_sum[nt] = kvq_row_sum(weight_sum[nt]) * (0.5f * KVQ_WEIGHT_UNITS);
+#endif
   if (row == 0) {
     shared_peak[warp * KVQ_COLUMNS + 4 * nt + col] = peak[nt];
     shared_total[warp * KVQ_COLUMNS + 4 * nt + col] = sum;
@@ -292,7 +335,11 @@ for (int turn = 0; turn < KVQ_WARPS; turn += KVQ_REGIONS) {
         KVQ_UNROLL
         for (int j = 0; j < 2; j++) {
           const int at = region + n * KVQ_SHARED_DIM + value_channel(row, 2 * mt + j);
+#if KVQ_VALUE_SIGNED
+          const float more = (sums[nt][mt][j] + weight_sum[nt]) * unit;
+#else
           const float more = sums[nt][mt][j] * unit;
+#endif
           shared_rows[at] = turn == 0 ? more : shared_rows[at] + more;
         }
       }

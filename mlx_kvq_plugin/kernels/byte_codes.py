@@ -5,8 +5,12 @@ moved to the nibbles of words (`nibble words`: eight codes each). A table has ei
 the lower and one for the upper half of the codes, whose products add up: an index whose highest bit is set gives 0 or
 -1, the sign of the entry, and the other table is one larger to make up for the -1.
 
+The 32 levels of a trellis code take as much: 16 sizes, of which one table or the other gives a byte and the other one 0,
+and a sign, whose byte of ones turns `x` into `-1 - x`. Levels then are half a unit above their bytes, which sums of the
+other operand make up for.
+
 Levels are rounded to integers of at most 126 in a unit chosen for each number of bits (`byte_levels`): within 0.003 of
-a standard deviation at 4 bits, 0.0013 at 3, less below. Queries and weights, which are the other operand, are two bytes
+a standard deviation at 4 bits, 0.0013 at 3, less below; to 0.006 for 32 levels. Queries and weights, which are the other operand, are two bytes
 each: 14 bits and a sign.
 """
 
@@ -16,24 +20,29 @@ from functools import cache
 
 import numpy as np
 
-from ..codebooks import odd_codebook
-from .codes import CodeLayout, loader, moved
+from ..codebooks import Codebook
+from .codes import CodeLayout, coded_text, index_words, loader, moved
 
 MAX_BITS = 4
+SIGNED_BITS = 5  # of the codes whose tables hold sizes
 LARGEST = 126  # of a level: one more is a byte too
 
 
 @cache
-def byte_levels(bits: int) -> tuple[tuple[int, ...], float]:
-    """Levels of `odd_codebook(bits)` as ascending integers, and their unit: `integer * unit` is near the level.
+def byte_levels(book: Codebook) -> tuple[tuple[int, ...], float]:
+    """Levels of a codebook as ascending integers, and their unit: `integer * unit` is near the level.
 
-    The unit is the one of least mean squared difference, by the probabilities of cells.
+    The unit is the one of least mean squared difference, by the probabilities of cells. With a sign, integers are odd:
+    twice a byte, and 1.
     """
-    book = odd_codebook(bits)
     levels = np.array(book.levels[len(book.levels) // 2 :])
     density = np.exp(-(levels**2) / 3)  # of cells of a Lloyd-Max quantizer, about
     units = levels[-1] / np.arange(LARGEST - 40, LARGEST + 0.4, 0.01)
-    integers = np.minimum(np.round(levels / units[:, None]), LARGEST)
+    if book.bits == SIGNED_BITS:
+        integers = 2 * np.clip(np.round(levels / units[:, None] - 0.5), 0, LARGEST) + 1
+        units = units / 2
+    else:
+        integers = np.minimum(np.round(levels / units[:, None]), LARGEST)
     lost = np.sum(density * (integers * units[:, None] - levels) ** 2, axis=1)
     best = int(np.argmin(lost))
     half = tuple(int(x) for x in integers[best])
@@ -41,14 +50,21 @@ def byte_levels(bits: int) -> tuple[tuple[int, ...], float]:
 
 
 def has_bytes(layout: CodeLayout) -> bool:
-    """Whether the codes fit nibbles."""
-    return layout.bits <= MAX_BITS
+    """Whether the codes fit nibbles, or nibbles and signs of single bits."""
+    return layout.bits <= MAX_BITS or (layout.bits == SIGNED_BITS and layout.generators != ())
 
 
-def tables(bits: int) -> list[tuple[int, int]]:
+def _signed(layout: CodeLayout) -> bool:
+    return layout.bits == SIGNED_BITS
+
+
+def tables(book: Codebook) -> list[tuple[int, int]]:
     """Tables of eight bytes, as two words each, whose entries are summed; see the module's text."""
-    levels = list(byte_levels(bits)[0])
-    if bits == MAX_BITS:
+    levels = list(byte_levels(book)[0])
+    if book.bits == SIGNED_BITS:
+        sizes = [level // 2 for level in levels[16:]]
+        parts = [sizes[:8], sizes[8:]]
+    elif book.bits == MAX_BITS:
         parts = [levels[:8], [level + 1 for level in levels[8:]]]
     else:
         parts = [levels + [0] * (8 - len(levels))]
@@ -66,13 +82,39 @@ def _partner(layout: CodeLayout) -> int:
     return 4 // layout.wide
 
 
+def _single_bits(names: dict[int, str]) -> str:
+    """Statements that join the words of four single bits, by place in the index, to nibble words `out[0..3]`."""
+    text = ""
+    for low in (0, 2):
+        a, b = names[low], names[low + 1]
+        text += f"  const kvq_uint even{low} = kvq_select(0x55555555u, {a}, {b} << 1);\n"
+        text += f"  const kvq_uint odd{low} = kvq_select(0x55555555u, {a} >> 1, {b});\n"
+    for j in range(4):
+        kind = "odd" if j % 2 else "even"
+        first, second = (f"{kind}0", f"{kind}2 << 2") if j < 2 else (f"{kind}0 >> 2", f"{kind}2")
+        text += f"  out[{j}] = kvq_select(0x33333333u, {first}, {second});\n"
+    return text
+
+
 def _nibbles(side: str, layout: CodeLayout) -> str:
-    """`<side>_nibbles(words of the fields, out)`: word j holds slots j, low nibble, and j + 4 / width of each byte."""
-    names = [f"w{i}" for i in range(len(layout.fields))]
-    fields = list(zip(names, layout.fields, strict=True))
+    """`<side>_nibbles(words of the fields, out)`: word j holds slots j, low nibble, and j + 4 / width of each byte.
+
+    Of signed codes the nibbles choose sizes, and words of signs follow: 1 for positive levels.
+    """
+    names = [f"w{i}" for i in range(len(layout.index_fields))]
+    fields = list(zip(names, layout.index_fields, strict=True))
     body = ""
     step = layout.wide
-    if layout.wide == 1 and len(fields) == 2:  # two single bits: first together, of every other slot
+    places = {field.shift: name for name, field in fields}
+    if layout.generators and layout.bits >= MAX_BITS:
+        if _signed(layout):
+            sign = places.pop(MAX_BITS)
+            for place, name in places.items():
+                body += f"  const kvq_uint s{place} = ~({name} ^ {sign});\n"
+            body += "".join(f"  out[{4 + j}] = {moved(sign, -j)} & 0x11111111u;\n" for j in range(4))
+            places = {place: f"s{place}" for place in places}
+        body += _single_bits(places)
+    elif layout.wide == 1 and len(fields) == 2:  # two single bits: first together, of every other slot
         low, high = sorted(fields, key=lambda item: item[1].shift)
         body += f"  const kvq_uint even = kvq_select(0x55555555u, {low[0]}, {high[0]} << 1);\n"
         body += f"  const kvq_uint odd = kvq_select(0x55555555u, {low[0]} >> 1, {high[0]});\n"
@@ -93,27 +135,39 @@ def _nibbles(side: str, layout: CodeLayout) -> str:
 
 
 def _lookups(side: str, layout: CodeLayout) -> str:
-    """`<side>_lookup(nibbles, high, out, stride)`: levels of the four low, or high, nibbles, from each table."""
-    found = tables(layout.bits)
-    body = ""
+    """`<side>_lookup(nibbles, signs, high, out, stride)`: levels of the four low, or high, nibbles, from each table.
+
+    `signs` counts for signed codes only, whose tables give one level.
+    """
+    found = tables(layout.book)
+    chosen = []
     for i, (low, high) in enumerate(found):
         index = "nibbles" if i == 0 else "(nibbles ^ 0x88888888u)"
-        body += f"  out[{i} * stride] = kvq_permute(0x{low:08x}u, 0x{high:08x}u, high ? {index} >> 16 : {index});\n"
-    name = side.upper()
+        chosen.append(f"kvq_permute(0x{low:08x}u, 0x{high:08x}u, high ? {index} >> 16 : {index})")
+    name, unit = side.upper(), byte_levels(layout.book)[1]
+    if _signed(layout):
+        negative = "kvq_permute(0x000000ffu, 0u, high ? signs >> 16 : signs)"
+        body = f"  out[0] = ({' | '.join(chosen)}) ^ {negative};\n"
+        count, unit = 1, 2 * unit
+    else:
+        body = "".join(f"  out[{i} * stride] = {text};\n" for i, text in enumerate(chosen))
+        count = len(found)
     return (
-        f"#define KVQ_{name}_TABLES {len(found)}\n#define KVQ_{name}_UNIT {byte_levels(layout.bits)[1]:.9e}f\n"
-        f"KVQ_FUNC void {side}_lookup(kvq_uint nibbles, bool high, KVQ_PRIVATE kvq_uint* out, int stride) "
-        f"{{\n{body}}}\n"
+        f"#define KVQ_{name}_TABLES {count}\n#define KVQ_{name}_UNIT {unit:.9e}f\n"
+        f"#define KVQ_{name}_SIGNED {int(_signed(layout))}\n"
+        f"KVQ_FUNC void {side}_lookup(kvq_uint nibbles, kvq_uint signs, bool high, KVQ_PRIVATE kvq_uint* out, "
+        f"int stride) {{\n{body}}}\n"
     )
 
 
-def _given(layout: CodeLayout, words: int, word: int, name: str) -> list[str]:
-    return [f"{name}[{i * words + word}]" for i in range(len(layout.fields))]
-
-
 def _shared_text(side: str, layout: CodeLayout, parts: int) -> str:
-    """What both sides have: loads of one of `parts` parts of rows, nibble words, lookups."""
-    return loader(side, layout, parts) + _nibbles(side, layout) + _lookups(side, layout)
+    """What both sides have: loads of one of `parts` parts of rows, coded bits, nibble words, lookups."""
+    return (
+        loader(side, layout, parts)
+        + coded_text(side, layout, parts)
+        + _nibbles(side, layout)
+        + _lookups(side, layout)
+    )
 
 
 def key_bytes_text(layout: CodeLayout) -> str:
@@ -127,13 +181,16 @@ def key_bytes_text(layout: CodeLayout) -> str:
     words, pairs, slots = -(-chunk // 4), _partner(layout), layout.slots
     halves = 2 if chunk >= 4 else 1
     quads = layout.dim // 16
-    body = f"  kvq_uint nibbles[{pairs}];\n"
-    for word in range(words):
-        body += f"  key_nibbles({', '.join(_given(layout, words, word, 'words'))}, nibbles);\n"
+    signed = _signed(layout)
+    text, found = index_words("key", layout, words, "words")
+    body = text + f"  kvq_uint nibbles[{2 * pairs if signed else pairs}];\n"
+    for word, given in enumerate(found):
+        body += f"  key_nibbles({', '.join(given)}, nibbles);\n"
         for j in range(pairs):
             for half in range(halves):
-                at = (word * pairs + j) * halves + half
-                body += f"  key_lookup(nibbles[{j}], {'true' if half else 'false'}, out + {at}, {quads});\n"
+                at, signs = (word * pairs + j) * halves + half, f"nibbles[{pairs + j}]" if signed else "0u"
+                high = "true" if half else "false"
+                body += f"  key_lookup(nibbles[{j}], {signs}, {high}, out + {at}, {quads});\n"
     byte = f"quad / {pairs * halves} * 4 + quad % {halves} * 2 + i / 2"
     slot = f"quad / {halves} % {pairs} + i % 2 * {pairs}"
     assert words * pairs * halves == quads and slots == 2 * pairs
@@ -157,11 +214,13 @@ def value_bytes_text(layout: CodeLayout) -> str:
     bytes_ = min(4, chunk)
     quads = layout.dim // 8
     narrow = chunk < 4  # two tokens share a word
-    lines = [f"kvq_uint {name}[{pairs}];" for name in ("p", "q", "r", "s")]
-    lines.append("kvq_uint low, high, both;")
+    signed = _signed(layout)
+    lines = [f"kvq_uint {name}[{2 * pairs if signed else pairs}];" for name in ("p", "q", "r", "s")]
+    lines.append("kvq_uint low, high, both, low_signs, high_signs, signs = 0u;")
+    own = {name: index_words("value", layout, words, name) for name in "abcd"}
     at = 0
     for word in range(words):
-        tokens = {name: _given(layout, words, word, name) for name in "abcd"}
+        tokens = {name: own[name][1][word] for name in "abcd"}
         if narrow:
             sides = {
                 "p": [f"kvq_low_halves({x}, {y})" for x, y in zip(tokens["a"], tokens["c"], strict=True)],
@@ -173,26 +232,32 @@ def value_bytes_text(layout: CodeLayout) -> str:
         for j in range(pairs):
             for odd in range(2):
 
-                def joined(x: str, y: str, j: int = j, odd: int = odd) -> str:
+                def joined(x: str, y: str, place: int, odd: int = odd) -> str:
                     """Nibbles of two tokens in each byte: of the even, or the odd, nibbles."""
                     if odd:
-                        return f"kvq_select(0x0f0f0f0fu, {x}[{j}] >> 4, {y}[{j}])"
-                    return f"kvq_select(0x0f0f0f0fu, {x}[{j}], {y}[{j}] << 4)"
+                        return f"kvq_select(0x0f0f0f0fu, {x}[{place}] >> 4, {y}[{place}])"
+                    return f"kvq_select(0x0f0f0f0fu, {x}[{place}], {y}[{place}] << 4)"
 
-                lines.append(f"low = {joined('p', 'q')};")
-                if narrow:
-                    chosen = ["kvq_permute(low, low, 0x3120u)"]
-                else:
-                    lines.append(f"high = {joined('r', 's')};")
-                    chosen = ["kvq_permute(low, high, 0x5140u)", "kvq_permute(low, high, 0x7362u)"]
-                for i, some in enumerate(chosen):
+                chosen: list[list[str]] = []  # codes of four tokens in each half, then their signs
+                for place in (j, pairs + j) if signed else (j,):
+                    low, high = ("low", "high") if place == j else ("low_signs", "high_signs")
+                    lines.append(f"{low} = {joined('p', 'q', place)};")
+                    if narrow:
+                        chosen.append([f"kvq_permute({low}, {low}, 0x3120u)"])
+                    else:
+                        lines.append(f"{high} = {joined('r', 's', place)};")
+                        chosen.append([f"kvq_permute({low}, {high}, {order})" for order in ("0x5140u", "0x7362u")])
+                for i, some in enumerate(chosen[0]):
                     lines.append(f"both = {some};")
+                    if signed:
+                        lines.append(f"signs = {chosen[1][i]};")
                     for half in range(2):
                         if 2 * i + half < bytes_:
-                            lines.append(f"value_lookup(both, {'true' if half else 'false'}, out + {at}, {quads});")
+                            high = "true" if half else "false"
+                            lines.append(f"value_lookup(both, signs, {high}, out + {at}, {quads});")
                             at += 1
     assert at == quads
-    body = "".join(f"  {line}\n" for line in lines)
+    body = "".join(own[name][0] for name in "abcd") + "".join(f"  {line}\n" for line in lines)
     slot = f"quad / {2 * bytes_} % {pairs} + quad / {bytes_} % 2 * {pairs}"
     byte = f"quad / {2 * bytes_ * pairs} * 4 + quad % {bytes_}"
     tokens_ = ", ".join(f"KVQ_PRIVATE const kvq_uint* {name}" for name in "abcd")

@@ -7,6 +7,9 @@ two half precision numbers whose exponent is chosen so that one subtraction leav
 leading coefficient is left out and multiplied into queries and sums (`key_lead`, `value_lead`). Codes of one and two
 bits need no exponent: as subnormal numbers they give `sigma t`, with a sigma of each slot, after one multiply-add.
 
+Rows of a trellis code (trellis.py) have single bits only. The coded bits of an index are parities of the bits before a
+channel, of 32 channels in one operation each, and become words like those of stored bits.
+
 Which channels a lane decodes follows from what is cheap to load: keys `(token, channel)` in quarters of a row, values
 `(channel, token)` in eighths. Products sum over channels in any order, so queries are put into the same order.
 """
@@ -17,10 +20,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..codebooks import odd_codebook
+from ..codebooks import Codebook
 from ..codecs import Codec
 from ..packing import fields
 from ..rotation import HADAMARD
+from ..trellis import MEMORY
 
 HEAD_SIZES = (64, 128, 256)
 
@@ -44,6 +48,9 @@ class CodeLayout:
         fields: the widest first; all widths divide the first.
         planes: names of the code planes, as numbered by the fields.
         row_bytes: bytes of a row of each plane.
+        book: the levels, by index.
+        generators: of the coded bits of a trellis code, the lowest bits of an index, which no field holds. The trellis
+            bits are the first of a row.
     """
 
     dim: int
@@ -51,11 +58,18 @@ class CodeLayout:
     fields: tuple[CodeField, ...]
     planes: tuple[str, ...]
     row_bytes: tuple[int, ...]
+    book: Codebook
+    generators: tuple[int, ...] = ()
+
+    @property
+    def index_fields(self) -> tuple[CodeField, ...]:
+        """The fields, and the coded bits in words like those of fields."""
+        return self.fields + tuple(CodeField(0, 0, 1, i) for i in range(len(self.generators)))
 
     @property
     def wide(self) -> int:
         """Bits of the widest field: the distance of slots in a byte."""
-        return self.fields[0].width
+        return self.index_fields[0].width
 
     @property
     def slots(self) -> int:
@@ -69,13 +83,15 @@ class CodeLayout:
 
 
 def scalar_stages(codec: Codec) -> tuple[int, ...]:
-    """Bits of each code plane of a codec that kernels know, `()` for others. Codecs are loaded on first use only."""
-    if codec.family not in ("tq", "rvq"):
+    """Bits of an index, in parts, of a codec that kernels know, `()` for others. Codecs are loaded on first use only."""
+    if codec.family not in ("tq", "rvq", "tcq"):
         return ()
     from ..codecs.rvq import RVQ
+    from ..codecs.trellis import TrellisCoded
     from ..codecs.turboquant import TurboQuant
 
-    if type(codec) is TurboQuant or type(codec) is RVQ:
+    if type(codec) in (TurboQuant, RVQ, TrellisCoded):
+        assert isinstance(codec, TurboQuant)
         return codec.stages
     return ()
 
@@ -98,6 +114,15 @@ def why_not_codes(codec: Codec, dim: int) -> str:
 
 def code_layout(codec: Codec, dim: int) -> CodeLayout:
     """The layout of a codec that `why_not_codes` accepts."""
+    from ..codecs.trellis import TrellisCoded
+    from ..codecs.turboquant import TurboQuant
+
+    assert isinstance(codec, TurboQuant)
+    if isinstance(codec, TrellisCoded):
+        width, highest = dim // 8, codec.book.bits - 1
+        stored = tuple(CodeField(0, (i + 1) * width, 1, highest - i) for i in range(codec.bits - 1))
+        row = codec.bits * width
+        return CodeLayout(dim, codec.book.bits, stored, ("codes",), (row,), codec.book, codec.code.generators)
     stages = scalar_stages(codec)
     names = ("codes",) if len(stages) == 1 else ("stage1", "stage2")
     found, below = [], sum(stages)
@@ -105,7 +130,7 @@ def code_layout(codec: Codec, dim: int) -> CodeLayout:
         below -= bits
         found += [CodeField(plane, f.start, f.width, below + f.shift) for f in fields(dim, bits)]
     found.sort(key=lambda field: -field.width)
-    return CodeLayout(dim, sum(stages), tuple(found), names, tuple(dim * bits // 8 for bits in stages))
+    return CodeLayout(dim, sum(stages), tuple(found), names, tuple(dim * bits // 8 for bits in stages), codec.book)
 
 
 def _half(x: float) -> str:
@@ -114,9 +139,9 @@ def _half(x: float) -> str:
     return f"0x{bits:04x}{bits:04x}u"
 
 
-def _polynomial(bits: int) -> tuple[str, float]:
+def _polynomial(book: Codebook) -> tuple[str, float]:
     """Statements from `t` to `y`, and the factor that they leave out; of three bits and more."""
-    c = odd_codebook(bits).coefficients
+    c = book.coefficients
     if len(c) == 3:  # t (t^4 + p t^2 + q) = t ((t^2 + p / 2)^2 + q - p^2 / 4)
         p, q = c[1] / c[2], c[0] / c[2]
         square = f"kvq_uint u = kvq_hfma2(t, t, {_half(p / 2)});"
@@ -152,16 +177,16 @@ def _small_level(layout: CodeLayout, slot: int, masked: str) -> str:
     u = f"kvq_hfma2({masked}, {_half(2.0**15)}, {_half(-(1 - 2.0**-layout.bits) * size)})"
     if layout.bits == 1:
         return u
-    c = odd_codebook(2).coefficients
+    c = layout.book.coefficients
     return f"kvq_cubic({u}, {_half(c[0] / c[1] * size * size)})"
 
 
 def _slot_lead(layout: CodeLayout, slot: int) -> float:
     """What decoded levels of a slot have to be multiplied by."""
-    c = odd_codebook(layout.bits).coefficients
+    c = layout.book.coefficients
     if _small(layout.bits):
         return float(c[-1] / _size(layout, slot) ** (2 * len(c) - 1))
-    return _polynomial(layout.bits)[1]
+    return _polynomial(layout.book)[1]
 
 
 def _lead(side: str, layout: CodeLayout) -> str:
@@ -184,7 +209,7 @@ def _levels(side: str, layout: CodeLayout, both_bytes: bool) -> str:
     small = _small(bits)
     halves = 1 if bits <= wide + 1 else 2  # of a byte, so that the highest slot stays inside the mantissa
     stride = -(-bits // wide)  # slots this far apart do not overlap when all bits of a code stand together
-    names = [f"w{i}" for i in range(len(layout.fields))]
+    names = [f"w{i}" for i in range(len(layout.index_fields))]
     body, out = "", 0
     masks: dict[int, int] = {}
     for high_byte in range(2 if both_bytes else 1):
@@ -195,7 +220,7 @@ def _levels(side: str, layout: CodeLayout, both_bytes: bool) -> str:
             merged: dict[int, str] = {}
             for rest in range(min(stride, len(chosen))):
                 terms = []
-                for name, field in zip(names, layout.fields, strict=True):
+                for name, field in zip(names, layout.index_fields, strict=True):
                     mask = 0
                     for slot in chosen[rest::stride]:
                         mask |= ((1 << field.width) - 1) << (slot * wide - first + 1 + field.shift)
@@ -225,7 +250,7 @@ def _levels(side: str, layout: CodeLayout, both_bytes: bool) -> str:
     if not small:
         level = (
             f"KVQ_FUNC kvq_uint {side}_level(kvq_uint x, kvq_uint centre) "
-            f"{{ kvq_uint t = kvq_hadd2(x, centre); {_polynomial(bits)[0]} return y; }}\n"
+            f"{{ kvq_uint t = kvq_hadd2(x, centre); {_polynomial(layout.book)[0]} return y; }}\n"
         )
     parameters = ", ".join(f"kvq_uint {name}" for name in names)
     filled = "".join(f"  masks[{i}] = kvq_opaque(0x{mask:08x}u);\n" for mask, i in masks.items())
@@ -250,11 +275,25 @@ def loader(side: str, layout: CodeLayout, parts: int) -> str:
     """Loads of one of `parts` equal parts of rows, field after field.
 
     `<side>_fields(planes, row, part, fields)` points at a row; `<side>_load(fields, part, offset, words)` loads the row
-    `offset` rows on, a compile-time constant.
+    `offset` rows on, a compile-time constant. Of a trellis code the words of trellis bits come first, then the one
+    before them.
     """
     chunk = layout.run // parts
     words = -(-chunk // 4)
     pointers = loads = ""
+    if layout.generators:
+        row, before = f"plane0 + (row * {layout.row_bytes[0]}u", min(chunk, 4)
+        runs = [
+            (f"part * {chunk}", chunk),
+            (f"((part * {chunk} - {before}) & {layout.run - 1})", before),
+            *((f"{field.start}u + part * {chunk}", chunk) for field in layout.fields),
+        ]
+        at = 0
+        for i, (start, size) in enumerate(runs):
+            pointers += f"  fields[{i}] = {row} + {start});\n"
+            loads += "  " + _load(size, f"(fields[{i}] + offset * {layout.row_bytes[0]})", f"(words + {at})") + "\n"
+            at += -(-size // 4)
+        return _loader_text(side, layout, len(runs), at, pointers, loads)
     for i, field in enumerate(layout.fields):
         run, size = layout.dim * field.width // 8, layout.row_bytes[field.plane]
         offset = f"part * {chunk}" if run == layout.run else f"((part * {chunk}) & {run - 1})"
@@ -263,14 +302,52 @@ def loader(side: str, layout: CodeLayout, parts: int) -> str:
         if run < layout.run:
             for word in range(words):
                 loads += f"  words[{i * words + word}] >>= ((part * {chunk}) / {run} * {field.width});\n"
+    return _loader_text(side, layout, len(layout.fields), len(layout.fields) * words, pointers, loads)
+
+
+def _loader_text(side: str, layout: CodeLayout, count: int, words: int, pointers: str, loads: str) -> str:
     planes = ", ".join(f"KVQ_DEVICE const kvq_byte* plane{i}" for i in range(len(layout.planes)))
     fields_ = "KVQ_DEVICE const kvq_byte* KVQ_PRIVATE* fields"
     return (
-        f"#define KVQ_{side.upper()}_FIELDS {len(layout.fields)}\n#define KVQ_{side.upper()}_WORDS "
-        f"{len(layout.fields) * words}\n"
+        f"#define KVQ_{side.upper()}_FIELDS {count}\n#define KVQ_{side.upper()}_WORDS {words}\n"
         f"KVQ_FUNC void {side}_fields({planes}, kvq_uint row, int part, {fields_}) {{\n{pointers}}}\n"
         f"KVQ_FUNC void {side}_load({fields_}, int part, int offset, KVQ_PRIVATE kvq_uint* words) {{\n{loads}}}\n"
     )
+
+
+def coded_text(side: str, layout: CodeLayout, parts: int) -> str:
+    """`<side>_coded(own, before, out)`: words of the coded bits of a word of trellis bits; nothing for other codes."""
+    if not layout.generators:
+        return ""
+    size = 8 * (layout.run // parts)  # bits of `own`, if that is less than a word
+    body = ""
+    if size < 32:
+        body += f"  const kvq_uint register_ = own << {size} | before;\n"
+    taken = sorted({j for generator in layout.generators for j in range(MEMORY + 1) if generator >> j & 1})
+    for j in taken:
+        moved_ = f"register_ >> {size - j}" if size < 32 else f"kvq_funnel(own, before, {j})" if j else "own"
+        body += f"  const kvq_uint t{j} = {moved_};\n"
+    for i, generator in enumerate(layout.generators):
+        terms = " ^ ".join(f"t{j}" for j in taken if generator >> j & 1)
+        body += f"  out[{i}] = {f'({terms}) & 0xffu' if size < 16 else terms};\n"
+    return (
+        f"KVQ_FUNC void {side}_coded(kvq_uint own, kvq_uint before, KVQ_PRIVATE kvq_uint* out) {{\n{body}}}\n"
+    )
+
+
+def index_words(side: str, layout: CodeLayout, words: int, name: str) -> tuple[str, list[list[str]]]:
+    """Of the words that `loader` left in `name`: statements, and for each of `words` words that of every index field."""
+    if not layout.generators:
+        count = len(layout.fields)
+        return "", [[f"{name}[{i * words + word}]" for i in range(count)] for word in range(words)]
+    coded = len(layout.generators)
+    text, found = f"  kvq_uint {name}_coded[{words * coded}];\n", []
+    for word in range(words):
+        before = f"{name}[{word - 1 if word else words}]"
+        text += f"  {side}_coded({name}[{word}], {before}, {name}_coded + {word * coded});\n"
+        stored = [f"{name}[{(i + 1) * words + 1 + word}]" for i in range(len(layout.fields))]
+        found.append([*stored, *(f"{name}_coded[{word * coded + i}]" for i in range(coded))])
+    return text, found
 
 
 def key_text(layout: CodeLayout) -> str:
@@ -282,18 +359,17 @@ def key_text(layout: CodeLayout) -> str:
     """
     chunk = layout.run // 4
     words = -(-chunk // 4)
-    count, slots = len(layout.fields), layout.slots
-    whole = chunk >= 4
+    slots, whole = layout.slots, chunk >= 4
     per_word = slots * (2 if whole else 1)
-    body = ""
-    for word in range(words):
-        given = [f"words[{i * words + word}]" for i in range(count)]
+    body, found = index_words("key", layout, words, "words")
+    for word, given in enumerate(found):
         if not whole:  # two bytes, one for each half word
             given = [f"(({w} & 0xffu) | ({w} & 0xff00u) << 8)" for w in given]
         body += f"  key_levels({', '.join(given)}, masks, out + {word * per_word});\n"
     byte = f"pair / {per_word} * 4 + pair % {per_word} / {slots} + 2 * second" if whole else "second"
     return (
         loader("key", layout, 4)
+        + coded_text("key", layout, 4)
         + _levels("key", layout, whole)
         + "KVQ_FUNC void key_pairs(KVQ_PRIVATE const kvq_uint* words, KVQ_PRIVATE const kvq_uint* masks, "
         + f"KVQ_PRIVATE kvq_uint* out) {{\n{body}}}\n"
@@ -313,17 +389,18 @@ def value_text(layout: CodeLayout) -> str:
     """
     chunk = layout.run // 8
     words = -(-chunk // 4)
-    count, slots = len(layout.fields), layout.slots
-    both = chunk >= 2
+    slots, both = layout.slots, chunk >= 2
     per_half = slots * (2 if both else 1)
-    body = ""
+    (text, own), (more, others) = (index_words("value", layout, words, name) for name in ("words", "next"))
+    body = text + more
     for half in range(max(1, chunk // 2)):
         take = "kvq_high_halves" if half % 2 else "kvq_low_halves"
-        given = [f"{take}(words[{i * words + half // 2}], next[{i * words + half // 2}])" for i in range(count)]
+        given = [f"{take}({x}, {y})" for x, y in zip(own[half // 2], others[half // 2], strict=True)]
         body += f"  value_levels({', '.join(given)}, masks, out + {half * per_half});\n"
     byte = f"pair / {per_half} * 2 + pair % {per_half} / {slots}" if both else "0"
     return (
         loader("value", layout, 8)
+        + coded_text("value", layout, 8)
         + _levels("value", layout, both)
         + "KVQ_FUNC void value_pairs(KVQ_PRIVATE const kvq_uint* words, KVQ_PRIVATE const kvq_uint* next, "
         + f"KVQ_PRIVATE const kvq_uint* masks, KVQ_PRIVATE kvq_uint* out) {{\n{body}}}\n"

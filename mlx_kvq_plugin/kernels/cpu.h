@@ -49,6 +49,7 @@ KVQ_FUNC float kvq_sqrt(float x) { return sqrtf(x); }
 KVQ_FUNC float kvq_tanh(float x) { return tanhf(x); }
 KVQ_FUNC float kvq_abs(float x) { return fabsf(x); }
 KVQ_FUNC float kvq_max(float x, float y) { return fmaxf(x, y); }
+KVQ_FUNC float kvq_least(float x, float y) { return fminf(x, y); }
 KVQ_FUNC int kvq_min(int x, int y) { return x < y ? x : y; }
 KVQ_FUNC float kvq_fma(float x, float y, float z) { return fmaf(x, y, z); }
 
@@ -92,6 +93,8 @@ KVQ_FUNC kvq_uint kvq_hfma2(kvq_uint x, kvq_uint y, kvq_uint z) {
 KVQ_FUNC kvq_uint kvq_low_halves(kvq_uint x, kvq_uint y) { return (x & 0xffffu) | y << 16; }
 KVQ_FUNC kvq_uint kvq_high_halves(kvq_uint x, kvq_uint y) { return x >> 16 | (y & 0xffff0000u); }
 KVQ_FUNC kvq_uint kvq_opaque(kvq_uint x) { return x; }
+// The high word of `high:low` shifted up by 1 to 31 bits.
+KVQ_FUNC kvq_uint kvq_funnel(kvq_uint high, kvq_uint low, int bits) { return high << bits | low >> (32 - bits); }
 KVQ_FUNC kvq_uint kvq_select(kvq_uint mask, kvq_uint x, kvq_uint y) { return (x & mask) | (y & ~mask); }
 
 KVQ_FUNC kvq_uint kvq_permute(kvq_uint low, kvq_uint high, kvq_uint selector) {

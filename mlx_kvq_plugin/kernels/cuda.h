@@ -47,6 +47,7 @@ KVQ_FUNC float kvq_sqrt(float x) { return sqrtf(x); }
 KVQ_FUNC float kvq_tanh(float x) { return tanhf(x); }
 KVQ_FUNC float kvq_abs(float x) { return fabsf(x); }
 KVQ_FUNC float kvq_max(float x, float y) { return fmaxf(x, y); }
+KVQ_FUNC float kvq_least(float x, float y) { return fminf(x, y); }
 KVQ_FUNC int kvq_min(int x, int y) { return min(x, y); }
 KVQ_FUNC float kvq_fma(float x, float y, float z) { return fmaf(x, y, z); }
 
@@ -74,6 +75,7 @@ KVQ_FUNC kvq_uint kvq_hfma2(kvq_uint x, kvq_uint y, kvq_uint z) {
 KVQ_FUNC kvq_uint kvq_low_halves(kvq_uint x, kvq_uint y) { return __byte_perm(x, y, 0x5410); }
 KVQ_FUNC kvq_uint kvq_high_halves(kvq_uint x, kvq_uint y) { return __byte_perm(x, y, 0x7632); }
 // (x & mask) | (y & ~mask)
+KVQ_FUNC kvq_uint kvq_funnel(kvq_uint high, kvq_uint low, int bits) { return __funnelshift_l(low, high, bits); }
 KVQ_FUNC kvq_uint kvq_select(kvq_uint mask, kvq_uint x, kvq_uint y) {
   kvq_uint z;
   asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(z) : "r"(mask), "r"(x), "r"(y));  // one instruction, which compilers split

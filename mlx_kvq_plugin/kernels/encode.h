@@ -7,6 +7,19 @@ const int lane = KVQ_LANE, warp = KVQ_WARP;
 const int head = KVQ_GROUP_Y, side = KVQ_GROUP_Z % 2, batch = KVQ_GROUP_Z / 2;
 const kvq_long plane = (kvq_long)batch * dense_keys_shape[1] + head;
 const int rows = dense_keys_shape[2], tiles = (count + KVQ_TILE - 1) / KVQ_TILE;
+#if KVQ_TRELLIS
+KVQ_SHARED_ARRAY(float, shared_token, KVQ_WARPS * KVQ_TRELLIS_DIM);
+KVQ_SHARED_ARRAY(float, shared_distance, KVQ_WARPS * 32 * KVQ_TRELLIS_SUBSETS);
+KVQ_SHARED_ARRAY(kvq_byte, shared_oldest, KVQ_WARPS * 32 * KVQ_TRELLIS_STEPS);
+KVQ_SHARED_ARRAY(kvq_uint, shared_bits, KVQ_WARPS * 16);
+kvq_workspace work;
+work.token = shared_token + warp * KVQ_TRELLIS_DIM;
+work.distance = shared_distance + warp * (32 * KVQ_TRELLIS_SUBSETS);
+work.oldest = shared_oldest + warp * (32 * KVQ_TRELLIS_STEPS);
+work.bits = shared_bits + warp * 16;
+#else
+const kvq_workspace work = kvq_workspace();
+#endif
 
 if (KVQ_GROUP_X < tiles) {
   const int first = KVQ_GROUP_X * KVQ_TILE, last = kvq_min(first + KVQ_TILE, count);
@@ -23,12 +36,14 @@ if (KVQ_GROUP_X < tiles) {
 #endif
     frame.position = position;
 #endif
-    kvq_encode<0>(x, key_signs, frame, key0, KVQ_KEY_SECOND, key_scale, plane * count, first, last, lane, warp);
+    kvq_encode<0>(x, key_signs, frame, key0, KVQ_KEY_SECOND, key_scale, plane * count, first, last, work, lane,
+                  warp);
   } else {
     KVQ_DEVICE const KVQ_VALUE_TYPE* x =
         (KVQ_DEVICE const KVQ_VALUE_TYPE*)dense_values + (plane * rows + start) * KVQ_DIM(1);
     const kvq_frame frame = kvq_frame();
-    kvq_encode<1>(x, value_signs, frame, value0, KVQ_VALUE_SECOND, value_scale, plane * count, first, last, lane, warp);
+    kvq_encode<1>(x, value_signs, frame, value0, KVQ_VALUE_SECOND, value_scale, plane * count, first, last, work, lane,
+                  warp);
   }
 }
 #if KVQ_COMPACT

@@ -15,13 +15,14 @@ from ..errors import KernelError
 from ..rotary import BLOCK, block_tables
 from ..rotation import signs
 from .build import build, numbers
-from .lanes import WARPS, encode_text
+from .lanes import WARPS, WIDE_TRELLIS_WARPS, encode_text, trellis_defines, trellis_dim
 from .sides import Sides, sides_key, why_not_here
 
 if TYPE_CHECKING:
     from ..cache import KVQCache
 
 TILE = 32  # tokens of a group of threads
+TRELLIS_TILE = 16  # where Viterbi's algorithm takes a warp some 20 us a token
 
 Planes = dict[str, mx.array]
 Encoded = tuple[Planes, Planes, mx.array | None, mx.array | None]
@@ -51,13 +52,22 @@ class Encoder:
         if compact:
             self.dtypes += [sides.key_dtype, sides.value_dtype]
         names = ["start", "count", "position", "dense", "capacity"]
+        trellis = trellis_dim(sides.codecs, sides.dims)
+        self.tile = TRELLIS_TILE if trellis else TILE
+        self.warps = WIDE_TRELLIS_WARPS if trellis > 128 else WARPS
+        headers = ["common.h", "lanes.h", *(["encode_trellis.h"] if trellis else []), "encode_tokens.h"]
         self.kernel = build(
             "encode",
             ["dense_keys", "dense_values", "key_signs", "value_signs", "numbers", *sides.frame_inputs()],
             [*sides.plane_inputs(), *(["new_keys", "new_values"] if compact else [])],
             ["encode.h"],
-            ["common.h", "lanes.h", "encode_tokens.h"],
-            {**sides.defines(), "KVQ_TILE": TILE, "KVQ_COMPACT": compact},
+            headers,
+            {
+                **sides.defines(self.warps),
+                **trellis_defines(sides.codecs, sides.dims),
+                "KVQ_TILE": self.tile,
+                "KVQ_COMPACT": compact,
+            },
             on,
             extra=encode_text(sides.codecs, sides.dims),
             prologue="const int "
@@ -78,14 +88,14 @@ class Encoder:
             if frame.rotary.pairs:
                 inputs += block_tables(frame.rotary, (position + count - 1) // BLOCK + 1, whole=True)
         shapes = [(B, H, count, width) for side in self.planes for _, width in side]
-        tiles = -(-count // TILE)
+        tiles = -(-count // self.tile)
         if self.compact:
             shapes += [(B, H, capacity, Dk), (B, H, capacity, values.shape[3])]
-            tiles += -(-capacity // TILE)
+            tiles += -(-capacity // self.tile)
         outputs = self.kernel(
             inputs=inputs,
-            grid=(tiles * 32 * WARPS, H, 2 * B),
-            threadgroup=(32 * WARPS, 1, 1),
+            grid=(tiles * 32 * self.warps, H, 2 * B),
+            threadgroup=(32 * self.warps, 1, 1),
             output_shapes=shapes,
             output_dtypes=self.dtypes,
         )

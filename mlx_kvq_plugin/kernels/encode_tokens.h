@@ -1,7 +1,8 @@
 // Functions of encode.h: one side's tokens, as its codec does it.
 //
 // Defined before, besides the constants of lanes.h: KVQ_ROOT(SIDE), sqrt(D); KVQ_SCALING(SIDE): 0 least squares, 1
-// norm, 2 unbiased; kvq_code<SIDE>, kvq_level<SIDE>, kvq_write_codes<SIDE> (lanes.py).
+// norm, 2 unbiased; KVQ_CODED(SIDE): whether it has a trellis code; kvq_code<SIDE>, kvq_level<SIDE>,
+// kvq_write_codes<SIDE> (lanes.py).
 template <int SIDE>
 KVQ_FUNC int kvq_code(float z);
 template <int SIDE>
@@ -9,6 +10,10 @@ KVQ_FUNC float kvq_level(float code);
 template <int SIDE>
 KVQ_FUNC void kvq_write_codes(KVQ_DEVICE kvq_byte* plane0, KVQ_DEVICE kvq_byte* plane1, kvq_long row, int place,
                               bool used, KVQ_PRIVATE const kvq_uint* codes);
+
+#if !KVQ_TRELLIS
+struct kvq_workspace {};
+#endif
 
 // Of one head.
 struct kvq_frame {
@@ -51,7 +56,7 @@ KVQ_FUNC void kvq_turned_mean(KVQ_PRIVATE const kvq_frame& frame, int position, 
 template <int SIDE, typename P>
 KVQ_FUNC void kvq_encode(P x, KVQ_DEVICE const float* signs, KVQ_PRIVATE const kvq_frame& frame,
                          KVQ_DEVICE kvq_byte* plane0, KVQ_DEVICE kvq_byte* plane1, KVQ_DEVICE kvq_bfloat* scales,
-                         kvq_long at, int first, int last, int lane, int warp) {
+                         kvq_long at, int first, int last, KVQ_PRIVATE const kvq_workspace& work, int lane, int warp) {
   const int place = lane & (KVQ_PLACES(SIDE) - 1), own_token = lane / KVQ_PLACES(SIDE);
   float sign[16];
   kvq_read_row<SIDE>(signs, place, sign);
@@ -93,11 +98,36 @@ KVQ_FUNC void kvq_encode(P x, KVQ_DEVICE const float* signs, KVQ_PRIVATE const k
     const float inverse = kvq_rsqrt(kvq_max(energy, 1.0e-37f)) * KVQ_ROOT(SIDE);
     float product = 0.0f, size = 0.0f;
     kvq_uint codes[4];
+#if KVQ_TRELLIS
+    if (KVQ_CODED(SIDE)) {
+      KVQ_NO_UNROLL
+      for (int i = 0; i < KVQ_TOKENS(SIDE); i++) {
+        KVQ_WARP_BARRIER();
+        KVQ_UNROLL
+        for (int j = 0; j < 16; j++)
+          if (i == own_token) work.token[kvq_time<SIDE>(kvq_channel<SIDE>(j, place))] = y[j] * inverse;
+        KVQ_WARP_BARRIER();
+        kvq_viterbi<SIDE>(work, i * (KVQ_DIM(SIDE) / 32), lane);
+      }
+      KVQ_WARP_BARRIER();
+    }
+#endif
     KVQ_UNROLL
     for (int quad = 0; quad < 4; quad++) {
       codes[quad] = 0;
       KVQ_UNROLL
       for (int i = 0; i < 4; i++) {
+#if KVQ_TRELLIS
+        if (KVQ_CODED(SIDE)) {
+          const int j = 4 * quad + i, time = kvq_time<SIDE>(kvq_channel<SIDE>(j, place));
+          const kvq_uint found = kvq_coded<SIDE>(work.bits + own_token * (KVQ_DIM(SIDE) / 32), time, y[j] * inverse);
+          const float level = kvq_level<SIDE>((float)(found & 127u));
+          product += y[j] * level;
+          size += level * level;
+          codes[quad] |= found << (8 * i);
+          continue;
+        }
+#endif
         const int code = kvq_code<SIDE>(y[4 * quad + i] * inverse);
         const float level = kvq_level<SIDE>((float)code);
         product += y[4 * quad + i] * level;

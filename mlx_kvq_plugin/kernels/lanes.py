@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from ..codebooks import odd_codebook
+from ..codebooks import Codebook
 from ..codecs import LEAST_SQUARES, NORM, UNBIASED, Codec
 from ..rotary import Rotary
 from ..rotation import HADAMARD
-from .codes import CodeField, CodeLayout, code_layout, scalar_stages
+from ..trellis import AROUND
+from .codes import CodeField, CodeLayout, code_layout, coded_text, scalar_stages
 
 HEAD_SIZES = (32, 64, 128, 256)
 WARPS = 4  # of a group
+WIDE_TRELLIS_WARPS = 2  # of a group that encodes 256 channels by Viterbi's algorithm: its shared memory is 32 KB on Metal
 
 _SCALINGS = {LEAST_SQUARES: 0, NORM: 1, UNBIASED: 2}
 
@@ -44,17 +46,43 @@ def _both(name: str, key: Any, value: Any) -> dict[str, str]:
     return {f"{name}(SIDE)": f"((SIDE) == 0 ? {key} : {value})"}
 
 
-def defines(codecs: tuple[Codec, Codec], dims: tuple[int, int], itemsizes: tuple[int, int]) -> dict[str, Any]:
+def defines(
+    codecs: tuple[Codec, Codec], dims: tuple[int, int], itemsizes: tuple[int, int], warps: int = WARPS
+) -> dict[str, Any]:
     """The constants of both sides."""
-    fields = [len(code_layout(codec, dim).fields) for codec, dim in zip(codecs, dims, strict=True)]
+    layouts = [code_layout(codec, dim) for codec, dim in zip(codecs, dims, strict=True)]
     return {
-        "KVQ_WARPS": WARPS,
+        "KVQ_WARPS": warps,
         **_both("KVQ_DIM", *dims),
         **_both("KVQ_ROOT", *(number(dim**0.5) for dim in dims)),
         **_both("KVQ_SCALING", *(_SCALINGS[codec.scaling] for codec in codecs)),
         **_both("KVQ_ROW_BYTES", *(dim * size for dim, size in zip(dims, itemsizes, strict=True))),
-        **_both("KVQ_WORDS", *(2 * count for count in fields)),
+        **_both("KVQ_WORDS", *(2 * len(_runs(layout)) + (1 if layout.generators else 0) for layout in layouts)),
     }
+
+
+def trellis_dim(codecs: tuple[Codec, Codec], dims: tuple[int, int]) -> int:
+    """The most channels of a side with a trellis code; 0 if neither has one."""
+    return max(dim if layout.generators else 0 for dim, (_, layout) in zip(dims, _sides(codecs, dims), strict=True))
+
+
+def trellis_defines(codecs: tuple[Codec, Codec], dims: tuple[int, int]) -> dict[str, Any]:
+    """The constants of encode_trellis.h, of no meaning for sides without a trellis code."""
+    layouts = [layout for _, layout in _sides(codecs, dims)]
+    longest = trellis_dim(codecs, dims)
+    text: dict[str, Any] = {
+        "KVQ_TRELLIS": longest > 0,
+        "KVQ_TRELLIS_DIM": longest,
+        "KVQ_TRELLIS_SUBSETS": max(2 ** len(layout.generators) for layout in layouts),
+        "KVQ_TRELLIS_STEPS": max(longest, 2 * min(AROUND, longest // 2)),
+        **_both("KVQ_CODED", *(int(layout.generators != ()) for layout in layouts)),
+        **_both("KVQ_SUBSETS", *(2 ** len(layout.generators) for layout in layouts)),
+        **_both("KVQ_STORED", *(2 ** (layout.bits - len(layout.generators)) for layout in layouts)),
+        **_both("KVQ_AROUND", *(min(AROUND, dim // 2) for dim in dims)),
+    }
+    taps = [[*layout.generators, 0, 0, 0] for layout in layouts]
+    chosen = [f"((i) == 0 ? {own[0]} : (i) == 1 ? {own[1]} : {own[2]})" for own in taps]
+    return {**text, "KVQ_GENERATOR(SIDE, i)": f"((SIDE) == 0 ? {chosen[0]} : {chosen[1]})"}
 
 
 def frame_defines(rotary: Rotary | None, dim: int) -> dict[str, Any]:
@@ -69,6 +97,11 @@ def frame_defines(rotary: Rotary | None, dim: int) -> dict[str, Any]:
         "KVQ_MAGNITUDE": number(rotary.magnitude if rotary is not None else 1.0),
         "KVQ_PARTNER": beside,
     }
+
+
+def _runs(layout: CodeLayout) -> tuple[CodeField, ...]:
+    """What a row holds: its fields, before them the trellis bits, which code bytes have in their highest bit."""
+    return ((CodeField(0, 0, 1, 7),) if layout.generators else ()) + layout.fields
 
 
 def _mask(field: CodeField) -> str:
@@ -103,7 +136,8 @@ def _reader(side: str, layout: CodeLayout) -> str:
     Codes are those of four quads of channels, a word each, one byte a channel.
     """
     loads, splits = "", "codes[0] = codes[1] = codes[2] = codes[3] = 0;\n"
-    for i, field in enumerate(layout.fields):
+    runs = _runs(layout)
+    for i, field in enumerate(runs):
         at = f"plane{field.plane} + (row * {layout.row_bytes[field.plane]} + {_place(layout, field)})"
         low, high = f"words[{2 * i}]", f"words[{2 * i + 1}]"
         if _run(layout, field) < 8:
@@ -112,6 +146,18 @@ def _reader(side: str, layout: CodeLayout) -> str:
             loads += f"kvq_load8({at}, words + {2 * i});\n"
         else:
             loads += f"{low} = kvq_load4({at}); {high} = kvq_load4({at} + 4);\n"
+    words = [(field, f"words[{2 * i}]", f"words[{2 * i + 1}]") for i, field in enumerate(runs)]
+    if layout.generators:  # the word before, in a circle, makes coded bits of the first
+        before, short = f"words[{2 * len(runs)}]", layout.run < 8
+        start = f"((8 * place - 4) & {layout.run - 1})"
+        loads += f"{before} = kvq_load4(plane0 + (row * {layout.row_bytes[0]} + {start}));\n" if not short else ""
+        count = len(layout.generators)
+        splits += f"kvq_uint low_coded[{count}], high_coded[{count}];\n"
+        splits += f"{side}_coded(words[0], {'words[0]' if short else before}, low_coded);\n"
+        splits += f"{side}_coded(words[1], words[0], high_coded);\n"
+        coded = layout.index_fields[len(layout.fields) :]
+        words = words[1:] + [(field, f"low_coded[{i}]", f"high_coded[{i}]") for i, field in enumerate(coded)]
+    for field, low, high in words:
         shift, more = _shift(layout, field), " + 1" if _run(layout, field) < 8 else ""
         splits += f"{{ const kvq_uint low = {low} >> {shift}, high = {high} >> ({shift}{more});\n"
         for quad, (word, down) in enumerate((("low", 0), ("high", 0), ("low", 4), ("high", 4))):
@@ -119,7 +165,8 @@ def _reader(side: str, layout: CodeLayout) -> str:
             splits += f"codes[{quad}] |= {part} << {field.shift};\n"
         splits += "}\n"
     return (
-        f"KVQ_FUNC void {side}_read_codes(KVQ_DEVICE const kvq_byte* plane0, KVQ_DEVICE const kvq_byte* plane1, "
+        coded_text(side, layout, 1)
+        + f"KVQ_FUNC void {side}_read_codes(KVQ_DEVICE const kvq_byte* plane0, KVQ_DEVICE const kvq_byte* plane1, "
         f"kvq_long row, int place, KVQ_PRIVATE kvq_uint* words) {{\n{loads}}}\n"
         f"KVQ_FUNC void {side}_split_codes(KVQ_PRIVATE const kvq_uint* words, int place, KVQ_PRIVATE kvq_uint* codes) "
         f"{{\n{splits}}}\n"
@@ -129,7 +176,7 @@ def _reader(side: str, layout: CodeLayout) -> str:
 def _writer(side: str, layout: CodeLayout) -> str:
     """`<side>_write_codes(planes, row, place, used, codes)`: codes of four quads of channels; all lanes call it."""
     places, text = layout.dim // 16, ""
-    for field in layout.fields:
+    for field in _runs(layout):
         run, mask = _run(layout, field), _mask(field)
         at = f"plane{field.plane} + (row * {layout.row_bytes[field.plane]} + {_place(layout, field)})"
         words = [
@@ -161,10 +208,10 @@ def _writer(side: str, layout: CodeLayout) -> str:
     )
 
 
-def _level(side: str, bits: int) -> str:
-    """`<side>_level(code)`: the codebook level of a code, as `scalar._levels` computes it."""
-    step = 2.0 / 2**bits
-    first, *rest = reversed(odd_codebook(bits).coefficients)
+def _level(side: str, book: Codebook) -> str:
+    """`<side>_level(code)`: the codebook level of a code, as `scalar.levels_of` computes it."""
+    step = 2.0 / 2**book.bits
+    first, *rest = reversed(book.coefficients)
     text = f"const float t = code * {number(step)} + {number(0.5 * step - 1.0)};\n"
     if not rest:
         text += f"return t * {number(first)};\n"
@@ -176,11 +223,11 @@ def _level(side: str, bits: int) -> str:
     return f"KVQ_FUNC float {side}_level(float code) {{\n{text}}}\n"
 
 
-def _code(side: str, bits: int) -> str:
+def _code(side: str, book: Codebook) -> str:
     """`<side>_code(z)`: the code of the level nearest to a coordinate, as `scalar.quantize` finds it."""
-    half = 2 ** (bits - 1)
+    half = 2 ** (book.bits - 1)
     text = "const float size = kvq_abs(z);\nint index = 0;\n"
-    for threshold in odd_codebook(bits).thresholds:
+    for threshold in book.thresholds:
         text += f"index += size > {number(threshold)} ? 1 : 0;\n"
     text += f"return z < 0.0f ? {half - 1} - index : {half} + index;\n"
     return f"KVQ_FUNC int {side}_code(float z) {{\n{text}}}\n"
@@ -203,7 +250,7 @@ def encode_text(codecs: tuple[Codec, Codec], dims: tuple[int, int]) -> str:
     """`kvq_code<SIDE>`, `kvq_level<SIDE>` and `kvq_write_codes<SIDE>`."""
     text = ""
     for side, layout in _sides(codecs, dims):
-        text += _code(side, layout.bits) + _level(side, layout.bits) + _writer(side, layout)
+        text += _code(side, layout.book) + _level(side, layout.book) + _writer(side, layout)
     return (
         text
         + _chosen("int", "code", "float z", "z")
@@ -222,7 +269,7 @@ def decode_text(codecs: tuple[Codec, Codec], dims: tuple[int, int]) -> str:
     """`kvq_level<SIDE>`, `kvq_read_codes<SIDE>` and `kvq_split_codes<SIDE>`."""
     text = ""
     for side, layout in _sides(codecs, dims):
-        text += _level(side, layout.bits) + _reader(side, layout)
+        text += _level(side, layout.book) + _reader(side, layout)
     return (
         text
         + _chosen("float", "level", "float code", "code")

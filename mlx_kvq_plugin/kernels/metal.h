@@ -42,6 +42,7 @@ KVQ_FUNC float kvq_sqrt(float x) { return metal::precise::sqrt(x); }
 KVQ_FUNC float kvq_tanh(float x) { return metal::precise::tanh(x); }
 KVQ_FUNC float kvq_abs(float x) { return metal::fabs(x); }
 KVQ_FUNC float kvq_max(float x, float y) { return metal::fmax(x, y); }
+KVQ_FUNC float kvq_least(float x, float y) { return metal::fmin(x, y); }
 KVQ_FUNC int kvq_min(int x, int y) { return metal::min(x, y); }
 KVQ_FUNC float kvq_fma(float x, float y, float z) { return metal::fma(x, y, z); }
 
@@ -64,6 +65,7 @@ KVQ_FUNC kvq_uint kvq_hfma2(kvq_uint x, kvq_uint y, kvq_uint z) {
 KVQ_FUNC kvq_uint kvq_low_halves(kvq_uint x, kvq_uint y) { return (x & 0xffffu) | (y << 16); }
 KVQ_FUNC kvq_uint kvq_high_halves(kvq_uint x, kvq_uint y) { return (x >> 16) | (y & 0xffff0000u); }
 KVQ_FUNC kvq_uint kvq_opaque(kvq_uint x) { return x; }
+KVQ_FUNC kvq_uint kvq_funnel(kvq_uint high, kvq_uint low, int bits) { return (high << bits) | (low >> (32 - bits)); }
 KVQ_FUNC kvq_uint kvq_select(kvq_uint mask, kvq_uint x, kvq_uint y) { return (x & mask) | (y & ~mask); }
 
 KVQ_FUNC float kvq_load_bfloat(const device kvq_bfloat* p, kvq_long i) { return (float)p[i]; }

@@ -69,17 +69,17 @@ class Sides:
         """Channels of keys and values."""
         return self.key_dim, self.value_dim
 
-    def defines(self) -> dict[str, Any]:
+    def defines(self, warps: int = WARPS) -> dict[str, Any]:
         """Constants of the kernels."""
         count = [len(code_layout(codec, dim).planes) for codec, dim in zip(self.codecs, self.dims, strict=True)]
         return {
-            **defines(self.codecs, self.dims, (self.key_dtype.size, self.value_dtype.size)),
+            **defines(self.codecs, self.dims, (self.key_dtype.size, self.value_dtype.size), warps),
             **frame_defines(self.rotary, self.key_dim),
             "KVQ_KEY_TYPE": dtype_name(self.key_dtype),
             "KVQ_VALUE_TYPE": dtype_name(self.value_dtype),
             "KVQ_KEY_SECOND": f"key{count[0] - 1}",
             "KVQ_VALUE_SECOND": f"value{count[1] - 1}",
-            "KVQ_GROUP_THREADS": 32 * WARPS,
+            "KVQ_GROUP_THREADS": 32 * warps,
             "KVQ_GROUPS_PER_CORE": GROUPS_PER_CORE,
         }
 
