@@ -6,8 +6,8 @@ The model is that of decode_gpu.py. Chunks of 2,048 tokens, as mlx-lm's; schemes
 a first one counts. Memory is MLX's peak during the prefill less what is active before it (the weights) and less the
 peak of the same prefill without any past (a fresh cache for every chunk), which is what a chunk takes by itself.
 
-How much of the time is packing is measured apart: chunks of random tokens are packed, one by one, by a cache that holds
-half of the tokens; the median times chunks and layers, as a share of the prefill's seconds.
+How much of the time is packing is measured apart: layers that hold half of the tokens pack a chunk each, without waiting
+in between, as a prefill does; the median time of a layer times chunks and layers, as a share of the prefill's seconds.
 """
 
 from __future__ import annotations
@@ -43,19 +43,20 @@ def prefill(model: Any, ids: mx.array, scheme: str, keep: bool = True) -> tuple[
         return time.perf_counter() - begin, mx.get_peak_memory() - before
 
 
-def packing_seconds(scheme: str, tokens: int) -> float:
-    """What appending and packing a chunk takes in one layer that holds `tokens` tokens."""
-    (cache,) = caches_of(scheme, 1, max(tokens, 64))
+def packing_seconds(scheme: str, tokens: int, layers: int = 16) -> float:
+    """What appending and packing a chunk takes in a layer that holds `tokens` tokens."""
     times = []
-    for _ in range(14):
+    for _ in range(5):
+        caches = caches_of(scheme, layers, max(tokens, 64))
         keys, values = (mx.random.normal((1, HEADS, CHUNK, DIM)).astype(mx.bfloat16) for _ in range(2))
         mx.eval(keys, values)
         begin = time.perf_counter()
-        cache.update_and_fetch(keys, values)
-        cache.settle()
-        mx.eval(cache.dense_keys, cache.dense_values, cache.key_planes, cache.value_planes)
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[4:])
+        for cache in caches:
+            cache.update_and_fetch(keys, values)
+            cache.settle()
+        mx.eval([[c.dense_keys, c.dense_values, c.key_planes, c.value_planes] for c in caches])
+        times.append((time.perf_counter() - begin) / layers)
+    return statistics.median(times[1:])
 
 
 def main() -> None:
