@@ -5,13 +5,13 @@ moved to the nibbles of words (`nibble words`: eight codes each). A table has ei
 the lower and one for the upper half of the codes, whose products add up: an index whose highest bit is set gives 0 or
 -1, the sign of the entry, and the other table is one larger to make up for the -1.
 
-The 32 levels of a trellis code take as much: 16 sizes, of which one table or the other gives a byte and the other one 0,
-and a sign, whose byte of ones turns `x` into `-1 - x`. Levels then are half a unit above their bytes, which sums of the
-other operand make up for.
+The 32 levels of a trellis code take as much: 16 sizes, of which one table or the other gives a byte and the other one
+0, and a sign, whose byte of ones turns `x` into `-1 - x`. Levels then are half a unit above their bytes, which sums of
+the other operand make up for.
 
 Levels are rounded to integers of at most 126 in a unit chosen for each number of bits (`byte_levels`): within 0.003 of
-a standard deviation at 4 bits, 0.0013 at 3, less below; to 0.006 for 32 levels. Queries and weights, which are the other operand, are two bytes
-each: 14 bits and a sign.
+a standard deviation at 4 bits, 0.0013 at 3, less below; to 0.012 for 32 levels. Queries and weights, which are the
+other operand, are two bytes each: 14 bits and a sign.
 """
 
 from __future__ import annotations
@@ -163,10 +163,7 @@ def _lookups(side: str, layout: CodeLayout) -> str:
 def _shared_text(side: str, layout: CodeLayout, parts: int) -> str:
     """What both sides have: loads of one of `parts` parts of rows, coded bits, nibble words, lookups."""
     return (
-        loader(side, layout, parts)
-        + coded_text(side, layout, parts)
-        + _nibbles(side, layout)
-        + _lookups(side, layout)
+        loader(side, layout, parts) + coded_text(side, layout, parts) + _nibbles(side, layout) + _lookups(side, layout)
     )
 
 

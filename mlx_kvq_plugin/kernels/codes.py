@@ -83,7 +83,7 @@ class CodeLayout:
 
 
 def scalar_stages(codec: Codec) -> tuple[int, ...]:
-    """Bits of an index, in parts, of a codec that kernels know, `()` for others. Codecs are loaded on first use only."""
+    """Bits of an index, in parts, of a codec that kernels know, `()` for others; loads codecs on first use only."""
     if codec.family not in ("tq", "rvq", "tcq"):
         return ()
     from ..codecs.rvq import RVQ
@@ -330,13 +330,11 @@ def coded_text(side: str, layout: CodeLayout, parts: int) -> str:
     for i, generator in enumerate(layout.generators):
         terms = " ^ ".join(f"t{j}" for j in taken if generator >> j & 1)
         body += f"  out[{i}] = {f'({terms}) & 0xffu' if size < 16 else terms};\n"
-    return (
-        f"KVQ_FUNC void {side}_coded(kvq_uint own, kvq_uint before, KVQ_PRIVATE kvq_uint* out) {{\n{body}}}\n"
-    )
+    return f"KVQ_FUNC void {side}_coded(kvq_uint own, kvq_uint before, KVQ_PRIVATE kvq_uint* out) {{\n{body}}}\n"
 
 
 def index_words(side: str, layout: CodeLayout, words: int, name: str) -> tuple[str, list[list[str]]]:
-    """Of the words that `loader` left in `name`: statements, and for each of `words` words that of every index field."""
+    """Of the words that `loader` left in `name`: statements, and for each of `words` words those of index fields."""
     if not layout.generators:
         count = len(layout.fields)
         return "", [[f"{name}[{i * words + word}]" for i in range(count)] for word in range(words)]

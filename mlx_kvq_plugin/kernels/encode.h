@@ -8,14 +8,14 @@ const int head = KVQ_GROUP_Y, side = KVQ_GROUP_Z % 2, batch = KVQ_GROUP_Z / 2;
 const kvq_long plane = (kvq_long)batch * dense_keys_shape[1] + head;
 const int rows = dense_keys_shape[2], tiles = (count + KVQ_TILE - 1) / KVQ_TILE;
 #if KVQ_TRELLIS
-KVQ_SHARED_ARRAY(float, shared_token, KVQ_WARPS * KVQ_TRELLIS_DIM);
-KVQ_SHARED_ARRAY(float, shared_distance, KVQ_WARPS * 32 * KVQ_TRELLIS_SUBSETS);
-KVQ_SHARED_ARRAY(kvq_byte, shared_oldest, KVQ_WARPS * 32 * KVQ_TRELLIS_STEPS);
+KVQ_SHARED_ARRAY(float, shared_tokens, KVQ_WARPS * 32 * 16);
+KVQ_SHARED_ARRAY(float, shared_distance, KVQ_WARPS * 4 * KVQ_DISTANCES);
+KVQ_SHARED_ARRAY(kvq_uint, shared_oldest, KVQ_WARPS * KVQ_TRELLIS_WORDS);
 KVQ_SHARED_ARRAY(kvq_uint, shared_bits, KVQ_WARPS * 16);
 kvq_workspace work;
-work.token = shared_token + warp * KVQ_TRELLIS_DIM;
-work.distance = shared_distance + warp * (32 * KVQ_TRELLIS_SUBSETS);
-work.oldest = shared_oldest + warp * (32 * KVQ_TRELLIS_STEPS);
+work.tokens = shared_tokens + warp * (32 * 16);
+work.distance = shared_distance + warp * (4 * KVQ_DISTANCES);
+work.oldest = shared_oldest + warp * KVQ_TRELLIS_WORDS;
 work.bits = shared_bits + warp * 16;
 #else
 const kvq_workspace work = kvq_workspace();

@@ -15,14 +15,15 @@ from ..errors import KernelError
 from ..rotary import BLOCK, block_tables
 from ..rotation import signs
 from .build import build, numbers
-from .lanes import WARPS, WIDE_TRELLIS_WARPS, encode_text, trellis_defines, trellis_dim
+from .lanes import TRELLIS_WARPS, WARPS, encode_text, trellis_defines, trellis_dim
 from .sides import Sides, sides_key, why_not_here
 
 if TYPE_CHECKING:
     from ..cache import KVQCache
 
 TILE = 32  # tokens of a group of threads
-TRELLIS_TILE = 16  # where Viterbi's algorithm takes a warp some 20 us a token
+TRELLIS_GROUPS_PER_CORE = 11  # of one warp
+TRELLIS_TILE = 4  # where Viterbi's algorithm takes a warp some 30 us for so many
 
 Planes = dict[str, mx.array]
 Encoded = tuple[Planes, Planes, mx.array | None, mx.array | None]
@@ -54,7 +55,7 @@ class Encoder:
         names = ["start", "count", "position", "dense", "capacity"]
         trellis = trellis_dim(sides.codecs, sides.dims)
         self.tile = TRELLIS_TILE if trellis else TILE
-        self.warps = WIDE_TRELLIS_WARPS if trellis > 128 else WARPS
+        self.warps = TRELLIS_WARPS if trellis else WARPS
         headers = ["common.h", "lanes.h", *(["encode_trellis.h"] if trellis else []), "encode_tokens.h"]
         self.kernel = build(
             "encode",
@@ -63,7 +64,7 @@ class Encoder:
             ["encode.h"],
             headers,
             {
-                **sides.defines(self.warps),
+                **(sides.defines(TRELLIS_WARPS, TRELLIS_GROUPS_PER_CORE) if trellis else sides.defines()),
                 **trellis_defines(sides.codecs, sides.dims),
                 "KVQ_TILE": self.tile,
                 "KVQ_COMPACT": compact,

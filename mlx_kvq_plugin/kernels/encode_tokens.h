@@ -100,16 +100,13 @@ KVQ_FUNC void kvq_encode(P x, KVQ_DEVICE const float* signs, KVQ_PRIVATE const k
     kvq_uint codes[4];
 #if KVQ_TRELLIS
     if (KVQ_CODED(SIDE)) {
-      KVQ_NO_UNROLL
-      for (int i = 0; i < KVQ_TOKENS(SIDE); i++) {
-        KVQ_WARP_BARRIER();
-        KVQ_UNROLL
-        for (int j = 0; j < 16; j++)
-          if (i == own_token) work.token[kvq_time<SIDE>(kvq_channel<SIDE>(j, place))] = y[j] * inverse;
-        KVQ_WARP_BARRIER();
-        kvq_viterbi<SIDE>(work, i * (KVQ_DIM(SIDE) / 32), lane);
-      }
       KVQ_WARP_BARRIER();
+      KVQ_UNROLL
+      for (int j = 0; j < 16; j++)
+        work.tokens[own_token * KVQ_DIM(SIDE) + kvq_time<SIDE>(kvq_channel<SIDE>(j, place))] = y[j] * inverse;
+      KVQ_WARP_BARRIER();
+      KVQ_NO_UNROLL
+      for (int i = 0; i < KVQ_TOKENS(SIDE) && base + i < last; i += KVQ_AT_ONCE(SIDE)) kvq_viterbi<SIDE>(work, i, lane);
     }
 #endif
     KVQ_UNROLL

@@ -1,39 +1,30 @@
-// Functions of encode_tokens.h for trellis codes (trellis.py): Viterbi's algorithm, a warp a token, 8 states a lane.
+// Functions of encode_tokens.h for trellis codes (trellis.py): Viterbi's algorithm, four tokens a warp, 8 lanes a token.
 //
 // Defined before, besides the constants of lanes.h: KVQ_SUBSETS(SIDE), two to the number of coded bits, KVQ_STORED(SIDE),
-// levels of a subset; KVQ_GENERATOR(SIDE, i); KVQ_AROUND(SIDE); kvq_level<SIDE>.
+// levels of a subset; KVQ_AROUND(SIDE); kvq_level<SIDE>; kvq_parts<SIDE>, kvq_steps<SIDE>, kvq_column<SIDE> (viterbi.py).
 //
 // The register is a circle of eight bits: that of channel t stands at place t % 8, where it takes the oldest one's place.
-// So a step changes pairs of states that differ in one place, and states need not move. Places 0 to 2 count a lane's
-// states, places 3 to 7 lanes. In time, channels come in the order of the bits of a packed row.
+// So a step changes pairs of states that differ in one place, and states need not move. Places 0 to 4 count a lane's 32
+// states, places 5 to 7 the lanes of a token. In time, channels come in the order of the bits of a packed row.
 template <int SIDE>
 KVQ_FUNC float kvq_level(float code);
+template <int SIDE>
+KVQ_FUNC kvq_uint kvq_parts(int sub);
+template <int SIDE>
+KVQ_FUNC int kvq_column(int age);
+template <int SIDE>
+KVQ_FUNC void kvq_steps(KVQ_GROUP_MEMORY const float* distance, kvq_uint parts, int sub, bool writes, int stride,
+                        KVQ_PRIVATE float* c, KVQ_GROUP_MEMORY kvq_uint* oldest);
+
+#define KVQ_AT_ONCE(SIDE) (KVQ_TOKENS(SIDE) < 4 ? KVQ_TOKENS(SIDE) : 4)  // tokens
+#define KVQ_DISTANCES 72  // floats of a token's table: eight channels and subsets, and eight more, for other banks
 
 struct kvq_workspace {  // of a warp
-  KVQ_GROUP_MEMORY float* token;     // D coordinates, in time
-  KVQ_GROUP_MEMORY float* distance;  // of 32 channels: to the nearest level of each subset
-  KVQ_GROUP_MEMORY kvq_byte* oldest;  // a bit for each state after each channel: what its register dropped
-  KVQ_GROUP_MEMORY kvq_uint* bits;   // D / 32 words of trellis bits for each of the warp's tokens
+  KVQ_GROUP_MEMORY float* tokens;     // D coordinates of each, in time
+  KVQ_GROUP_MEMORY float* distance;   // of eight channels: to the nearest level of each subset
+  KVQ_GROUP_MEMORY kvq_uint* oldest;  // after each channel, a bit for each state: what its register dropped
+  KVQ_GROUP_MEMORY kvq_uint* bits;    // D / 32 words of trellis bits for each of the warp's tokens
 };
-
-// What the bit of the channel `age` channels before contributes to coded bits.
-template <int SIDE>
-KVQ_FUNC int kvq_column(int age) {
-  int column = 0;
-  KVQ_UNROLL
-  for (int i = 0; i < 3; i++) column |= (KVQ_GENERATOR(SIDE, i) >> age & 1) << i;
-  return column;
-}
-
-// Coded bits of what stands at places [first, first + count) but for that of the phase.
-template <int SIDE>
-KVQ_FUNC int kvq_part(int state, int first, int count, int phase) {
-  int part = 0;
-  KVQ_UNROLL
-  for (int i = 0; i < count; i++)
-    if (first + i != phase && (state >> i & 1) != 0) part ^= kvq_column<SIDE>((phase - first - i) & 7);
-  return part;
-}
 
 // The channel of a place in time.
 template <int SIDE>
@@ -41,112 +32,82 @@ KVQ_FUNC int kvq_time(int channel) {
   return channel % (KVQ_DIM(SIDE) / 8) * 8 + channel / (KVQ_DIM(SIDE) / 8);
 }
 
-// Costs of a lane's states after `length` channels from `first` on, in a circle, from those before.
+// Costs of a lane's states after `length` channels of its token from `first` on, in a circle, from those before.
 template <int SIDE>
-KVQ_FUNC void kvq_forward(KVQ_PRIVATE const kvq_workspace& work, int first, int length, KVQ_PRIVATE float* cost,
-                          int lane) {
-  const int subsets = KVQ_SUBSETS(SIDE), newest = kvq_column<SIDE>(0), dropped = kvq_column<SIDE>(8);
-  kvq_uint parts = 0;  // of the lane's places, four bits a phase; its states have the newest bit that they drop
-  KVQ_UNROLL
-  for (int phase = 0; phase < 8; phase++) {
-    int part = kvq_part<SIDE>(lane, 3, 5, phase);
-    if (phase >= 3 && (lane >> (phase - 3) & 1) != 0) part ^= newest ^ dropped;
-    parts |= (kvq_uint)part << (4 * phase);
-  }
+KVQ_FUNC void kvq_forward(KVQ_PRIVATE const kvq_workspace& work, KVQ_GROUP_MEMORY const float* x, int first, int length,
+                          KVQ_PRIVATE float* cost, int lane) {
+  const int subsets = KVQ_SUBSETS(SIDE), group = lane >> 3, sub = lane & 7;
+  const bool writes = group < KVQ_AT_ONCE(SIDE);
+  const kvq_uint parts = kvq_parts<SIDE>(sub);
+  KVQ_GROUP_MEMORY float* distance = work.distance + group * KVQ_DISTANCES;
   KVQ_NO_UNROLL
-  for (int block = 0; block < length; block += 32) {
-    const float x = work.token[(first + block + lane) & (KVQ_DIM(SIDE) - 1)];
+  for (int base = 0; base < length; base += 8) {
+    const float z = x[(first + base + sub) & (KVQ_DIM(SIDE) - 1)];
     KVQ_UNROLL
     for (int s = 0; s < subsets; s++) {
       float nearest = 3.0e38f;
       KVQ_UNROLL
       for (int u = 0; u < KVQ_STORED(SIDE); u++) {
-        const float e = x - kvq_level<SIDE>((float)(u * subsets + s));
+        const float e = z - kvq_level<SIDE>((float)(u * subsets + s));
         nearest = kvq_least(nearest, e * e);
       }
-      work.distance[lane * subsets + s] = nearest;
+      distance[sub * subsets + s] = nearest;
     }
     KVQ_WARP_BARRIER();
-    KVQ_NO_UNROLL
-    for (int base = 0; base < 32; base += 8) {
-      KVQ_UNROLL
-      for (int phase = 0; phase < 8; phase++) {
-        const int part = (int)(parts >> (4 * phase) & 7u);
-        float d[8], next[8];
-        KVQ_UNROLL
-        for (int s = 0; s < subsets; s++) d[s] = work.distance[(base + phase) * subsets + (s ^ part)];
-        kvq_uint oldest = 0;
-        KVQ_UNROLL
-        for (int r = 0; r < 8; r++) {
-          const int own = kvq_part<SIDE>(r, 0, 3, phase);
-          if (phase < 3) {
-            const int zero = r & ~(1 << phase), one = r | 1 << phase, to = own ^ (r == one ? newest : 0);
-            const float a = cost[zero] + d[to], b = cost[one] + d[to ^ dropped];
-            oldest |= (b < a ? 1u : 0u) << r;
-            next[r] = kvq_least(a, b);
-          } else {
-            const float mine = cost[r] + d[own];
-            const float other = kvq_shuffle_xor(cost[r], 1 << (phase - 3)) + d[own ^ dropped];
-            oldest |= (other < mine ? 1u : 0u) << r;
-            next[r] = kvq_least(mine, other);
-          }
-        }
-        if (phase >= 3 && (lane >> (phase - 3) & 1) != 0) oldest ^= 0xffu;  // its own states had the bit set
-        KVQ_UNROLL
-        for (int r = 0; r < 8; r++) cost[r] = next[r];
-        work.oldest[(block + base + phase) * 32 + lane] = (kvq_byte)oldest;
-      }
-    }
+    kvq_steps<SIDE>(distance, parts, sub, writes, 8 * KVQ_AT_ONCE(SIDE), cost,
+                    work.oldest + (base * KVQ_AT_ONCE(SIDE) + (writes ? group : 0)) * 8 + sub);
     KVQ_WARP_BARRIER();
   }
 }
 
-// The state before channel `stop` on the path to a state after `length` channels; with `words`, also its trellis bits.
+// The state before channel `stop` on the path to a state after `length` channels; with `bits`, also its trellis bits.
 template <int SIDE>
-KVQ_FUNC int kvq_back(KVQ_PRIVATE const kvq_workspace& work, int state, int length, int stop, int words, int lane) {
+KVQ_FUNC int kvq_back(KVQ_PRIVATE const kvq_workspace& work, int group, int state, int length, int stop, bool stores,
+                      KVQ_GROUP_MEMORY kvq_uint* bits) {
   kvq_uint word = 0;
   KVQ_NO_UNROLL
   for (int t = length - 1; t >= stop; t--) {
     const int place = t & 7;
-    const int dropped = work.oldest[t * 32 + (state >> 3)] >> (state & 7) & 1;
+    const kvq_uint dropped = work.oldest[(t * KVQ_AT_ONCE(SIDE) + group) * 8 + (state >> 5)] >> (state & 31) & 1u;
     word |= (kvq_uint)(state >> place & 1) << (t & 31);
-    state = (state & ~(1 << place)) | dropped << place;
-    if (words >= 0 && (t & 31) == 0) {
-      if (lane == 0) work.bits[words + t / 32] = word;
-      word = 0;
-    }
+    state = (state & ~(1 << place)) | (int)dropped << place;
+    if (stores && (t & 31) == 0) bits[t / 32] = word;
+    if ((t & 31) == 0) word = 0;
   }
   return state;
 }
 
-// Trellis bits of the token in `work.token`, to `work.bits` from `words` on.
+// Trellis bits of the warp's tokens from `token` on, as many as go at once.
 template <int SIDE>
-KVQ_FUNC void kvq_viterbi(KVQ_PRIVATE const kvq_workspace& work, int words, int lane) {
-  const int around = KVQ_AROUND(SIDE);
-  float cost[8];
+KVQ_FUNC void kvq_viterbi(KVQ_PRIVATE const kvq_workspace& work, int token, int lane) {
+  const int around = KVQ_AROUND(SIDE), group = (lane >> 3) % KVQ_AT_ONCE(SIDE), sub = lane & 7;
+  KVQ_GROUP_MEMORY const float* x = work.tokens + (token + group) * KVQ_DIM(SIDE);
+  float cost[32];
   KVQ_UNROLL
-  for (int r = 0; r < 8; r++) cost[r] = 0.0f;
-  kvq_forward<SIDE>(work, KVQ_DIM(SIDE) - around, 2 * around, cost, lane);
+  for (int r = 0; r < 32; r++) cost[r] = 0.0f;
+  kvq_forward<SIDE>(work, x, KVQ_DIM(SIDE) - around, 2 * around, cost, lane);
   float least = cost[0];
-  int best = lane << 3;
+  int best = sub << 5;
   KVQ_UNROLL
-  for (int r = 1; r < 8; r++) {
-    if (cost[r] < least) best = lane << 3 | r;
+  for (int r = 1; r < 32; r++) {
+    if (cost[r] < least) best = sub << 5 | r;
     least = kvq_least(least, cost[r]);
   }
   KVQ_UNROLL
-  for (int mask = 1; mask < 32; mask *= 2) {
+  for (int mask = 1; mask < 8; mask *= 2) {
     const float other = kvq_shuffle_xor(least, mask);
     const int state = (int)kvq_shuffle_xor_uint((kvq_uint)best, mask);
     if (other < least || (other == least && state < best)) best = state;
     least = kvq_least(least, other);
   }
-  const int start = kvq_back<SIDE>(work, best, 2 * around, around, -1, lane);
+  const int start = kvq_back<SIDE>(work, group, best, 2 * around, around, false, work.bits);
   KVQ_WARP_BARRIER();
   KVQ_UNROLL
-  for (int r = 0; r < 8; r++) cost[r] = (lane << 3 | r) == start ? 0.0f : 1.0e30f;
-  kvq_forward<SIDE>(work, 0, KVQ_DIM(SIDE), cost, lane);
-  kvq_back<SIDE>(work, start, KVQ_DIM(SIDE), 0, words, lane);
+  for (int r = 0; r < 32; r++) cost[r] = (sub << 5 | r) == start ? 0.0f : 1.0e30f;
+  kvq_forward<SIDE>(work, x, 0, KVQ_DIM(SIDE), cost, lane);
+  const bool stores = sub == 0 && lane >> 3 < KVQ_AT_ONCE(SIDE);
+  kvq_back<SIDE>(work, group, start, KVQ_DIM(SIDE), 0, stores, work.bits + (token + group) * (KVQ_DIM(SIDE) / 32));
+  KVQ_WARP_BARRIER();
 }
 
 // The code of a channel, the trellis bit in its highest bit: the nearest level that the bits of its token allow.

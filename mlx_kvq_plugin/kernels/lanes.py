@@ -17,10 +17,11 @@ from ..rotary import Rotary
 from ..rotation import HADAMARD
 from ..trellis import AROUND
 from .codes import CodeField, CodeLayout, code_layout, coded_text, scalar_stages
+from .viterbi import no_viterbi_text, viterbi_text
 
 HEAD_SIZES = (32, 64, 128, 256)
 WARPS = 4  # of a group
-WIDE_TRELLIS_WARPS = 2  # of a group that encodes 256 channels by Viterbi's algorithm: its shared memory is 32 KB on Metal
+TRELLIS_WARPS = 1  # of a group that encodes by Viterbi's algorithm: a warp takes 20 KB of shared memory, of Metal's 32
 
 _SCALINGS = {LEAST_SQUARES: 0, NORM: 1, UNBIASED: 2}
 
@@ -72,17 +73,16 @@ def trellis_defines(codecs: tuple[Codec, Codec], dims: tuple[int, int]) -> dict[
     longest = trellis_dim(codecs, dims)
     text: dict[str, Any] = {
         "KVQ_TRELLIS": longest > 0,
-        "KVQ_TRELLIS_DIM": longest,
-        "KVQ_TRELLIS_SUBSETS": max(2 ** len(layout.generators) for layout in layouts),
-        "KVQ_TRELLIS_STEPS": max(longest, 2 * min(AROUND, longest // 2)),
+        "KVQ_TRELLIS_WORDS": 8
+        * max(  # of a step and token
+            dim * min(4, 512 // dim) if layout.generators else 0 for dim, layout in zip(dims, layouts, strict=True)
+        ),
         **_both("KVQ_CODED", *(int(layout.generators != ()) for layout in layouts)),
         **_both("KVQ_SUBSETS", *(2 ** len(layout.generators) for layout in layouts)),
         **_both("KVQ_STORED", *(2 ** (layout.bits - len(layout.generators)) for layout in layouts)),
         **_both("KVQ_AROUND", *(min(AROUND, dim // 2) for dim in dims)),
     }
-    taps = [[*layout.generators, 0, 0, 0] for layout in layouts]
-    chosen = [f"((i) == 0 ? {own[0]} : (i) == 1 ? {own[1]} : {own[2]})" for own in taps]
-    return {**text, "KVQ_GENERATOR(SIDE, i)": f"((SIDE) == 0 ? {chosen[0]} : {chosen[1]})"}
+    return text
 
 
 def frame_defines(rotary: Rotary | None, dim: int) -> dict[str, Any]:
@@ -251,9 +251,19 @@ def encode_text(codecs: tuple[Codec, Codec], dims: tuple[int, int]) -> str:
     text = ""
     for side, layout in _sides(codecs, dims):
         text += _code(side, layout.book) + _level(side, layout.book) + _writer(side, layout)
+        text += viterbi_text(side, layout) if layout.generators else no_viterbi_text(side)
     return (
         text
         + _chosen("int", "code", "float z", "z")
+        + _chosen("kvq_uint", "parts", "int sub", "sub")
+        + _chosen("int", "column", "int age", "age")
+        + _chosen(
+            "void",
+            "steps",
+            "KVQ_GROUP_MEMORY const float* distance, kvq_uint parts, int sub, bool writes, int stride, "
+            "KVQ_PRIVATE float* c, KVQ_GROUP_MEMORY kvq_uint* oldest",
+            "distance, parts, sub, writes, stride, c, oldest",
+        )
         + _chosen("float", "level", "float code", "code")
         + _chosen(
             "void",

@@ -69,7 +69,7 @@ class Sides:
         """Channels of keys and values."""
         return self.key_dim, self.value_dim
 
-    def defines(self, warps: int = WARPS) -> dict[str, Any]:
+    def defines(self, warps: int = WARPS, groups: int = GROUPS_PER_CORE) -> dict[str, Any]:
         """Constants of the kernels."""
         count = [len(code_layout(codec, dim).planes) for codec, dim in zip(self.codecs, self.dims, strict=True)]
         return {
@@ -80,7 +80,7 @@ class Sides:
             "KVQ_KEY_SECOND": f"key{count[0] - 1}",
             "KVQ_VALUE_SECOND": f"value{count[1] - 1}",
             "KVQ_GROUP_THREADS": 32 * warps,
-            "KVQ_GROUPS_PER_CORE": GROUPS_PER_CORE,
+            "KVQ_GROUPS_PER_CORE": groups,
         }
 
     def planes(self) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
