@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..cache import KVQCache
 
 TILE = 32  # tokens of a group of threads
-TRELLIS_GROUPS_PER_CORE = 11  # of one warp
+TRELLIS_GROUPS_PER_CORE = 8  # of one warp
 TRELLIS_TILE = 4  # where Viterbi's algorithm takes a warp some 30 us for so many
 
 Planes = dict[str, mx.array]
