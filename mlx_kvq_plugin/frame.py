@@ -12,7 +12,7 @@ rotary pairs), KVQuant (keys before RoPE). Removing R_n mu instead of a constant
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
@@ -36,12 +36,16 @@ class KeyFrame:
     mean: mx.array
     scale: mx.array
     constant: mx.array
-    _joined: mx.array | None = None
+    _joined: mx.array | None = field(default=None, init=False)
 
     def joined(self) -> mx.array:
-        """`mean`, `scale`, `constant` of every head: `(B, Hkv, 1, 3 D - P)` float32, one array for kernels; kept."""
+        """`mean`, `constant`, `scale` and up to three zeros of every head, `(B, Hkv, 1, ...)`, for kernels; kept.
+
+        Rows are multiples of 16 bytes, as kernels load so many at a time.
+        """
         if self._joined is None:
-            self._joined = mx.concatenate([self.mean, self.scale, self.constant], axis=-1)
+            filling = mx.zeros((*self.scale.shape[:3], -self.scale.shape[3] % 4))
+            self._joined = mx.concatenate([self.mean, self.constant, self.scale, filling], axis=-1)
         return self._joined
 
     def arrays(self) -> list[mx.array]:
@@ -76,6 +80,11 @@ class KeyFrame:
         """`q . (R_n mu + c)` `(B, Hkv, R, length)` float32 at positions from `start`."""
         products = mean_products(self.rotary, queries.astype(mx.float32), self.mean, self.constant)
         return span_scores(self.rotary, products, start, length)
+
+
+def frame_size(dim: int, pairs: int) -> int:
+    """Numbers of a head in `KeyFrame.joined`."""
+    return 2 * dim + dim - pairs + -(dim - pairs) % 4
 
 
 def scaled_queries(rotary: Rotary, queries: mx.array, scale: mx.array) -> mx.array:
