@@ -21,6 +21,8 @@ FAST = 0.5  # a pair is fast if no turning vector explains more than this part o
 LEAST_FAST = 4  # fast pairs that a head must have to be judged by them
 OF_HEAD = 4.0  # times its variance the squared constant of fast pairs must be, by median; 2 at most on real models
 OF_PAIR = 100.0  # the same of one pair by itself; 70 at most on real models
+LARGEST = 9.0  # times the energy that is expected of c, what it may have before mu is taken to have the rest
+ROUNDING = 1e-3  # of the energy of the mean: the least energy of e_n, or float32 sums would be taken for c
 _TINY = 1e-30
 
 Array = npt.NDArray[np.float64]
@@ -63,7 +65,8 @@ def steady_part(rotary: Rotary, mean: mx.array, left: mx.array, start: int) -> t
     e1, e2, _ = rotary.split(mx.mean(left * left, axis=2, keepdims=True))
 
     shown = (y1 * y1 + y2 * y2) / d  # energy that a constant explains beyond mu
-    noise = mx.maximum(e1 + e2 - shown, 1e-5 * (e1 + e2)) * (1 / count + DRIFT) + _TINY
+    least = mx.maximum(ROUNDING * (first * first + second * second), 1e-5 * (e1 + e2))
+    noise = mx.maximum(e1 + e2 - shown, least) * (1 / count + DRIFT) + _TINY
     own = shown / d  # its squared size by least squares
     evidence = shown / noise
     constant = mx.where(evidence > OF_PAIR, own, 0.0)
@@ -73,7 +76,7 @@ def steady_part(rotary: Rotary, mean: mx.array, left: mx.array, start: int) -> t
         m1, m2 = first - (r * y1 + i * y2) / d, second - (r * y2 - i * y1) / d
         common = mx.where(_median(evidence, fast) > OF_HEAD, _median(own, fast), 0.0)
         constant, turning = mx.maximum(constant, common), turning + _median(m1 * m1 + m2 * m2, fast)
-    turning = mx.maximum(turning, first * first + second * second - constant)
+    turning = mx.maximum(turning, first * first + second * second - LARGEST * constant)
 
     found = constant > 0
     of_constant = noise / mx.where(found, constant, 1.0)
