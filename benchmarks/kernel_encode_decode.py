@@ -64,8 +64,9 @@ def random_cache(
     cache._dense, cache.offset = tokens, 1000 + tokens
     if rotary is not None:
         scale = mx.exp(0.5 * mx.random.normal((batch, heads, 1, dims[0] - rotary.pairs)))
-        cache.frame = KeyFrame(rotary, 5 * mx.random.normal((batch, heads, 1, dims[0])), scale)
-        mx.eval(cache.frame.mean, cache.frame.scale)
+        mean, constant = (5 * mx.random.normal((batch, heads, 1, dims[0])) for _ in range(2))
+        cache.frame = KeyFrame(rotary, mean, scale, constant)
+        mx.eval(cache.frame.arrays())
     mx.eval(cache.dense_keys, cache.dense_values)
     return cache
 

@@ -19,7 +19,7 @@ from .frame import KeyFrame
 if TYPE_CHECKING:
     from .cache import KVQCache
 
-VERSION = 1
+VERSION = 2  # since then frames have a constant
 
 
 def pad_tokens(x: mx.array, count: int) -> mx.array:
@@ -38,7 +38,7 @@ def state_of(cache: KVQCache) -> dict[str, Any]:
     if cache._packed:
         state["key_planes"], state["value_planes"] = cache.live_planes(views=True)
     if cache.frame is not None:
-        state["frame"] = {"mean": cache.frame.mean, "scale": cache.frame.scale}
+        state["frame"] = {name: getattr(cache.frame, name) for name in ("mean", "scale", "constant")}
     for name in ("key_statistics", "value_statistics"):
         if getattr(cache, name):
             state[name] = dict(getattr(cache, name))
@@ -110,7 +110,9 @@ def restore(cache: KVQCache, meta: dict[str, Any], state: dict[str, Any]) -> Non
         cache.key_planes = padded(state["key_planes"], keys)
         cache.value_planes = padded(state["value_planes"], values)
     if "frame" in state:
-        cache.frame = KeyFrame(cache.rotary, state["frame"]["mean"], state["frame"]["scale"])
+        mean, scale = state["frame"]["mean"], state["frame"]["scale"]
+        constant = state["frame"].get("constant")  # states of version 1 have none
+        cache.frame = KeyFrame(cache.rotary, mean, scale, mx.zeros_like(mean) if constant is None else constant)
     cache.key_statistics = dict(state.get("key_statistics", {}))
     cache.value_statistics = dict(state.get("value_statistics", {}))
     cache._query_energy = state.get("query_energy")

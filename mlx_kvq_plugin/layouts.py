@@ -116,8 +116,8 @@ def _packed_layout(geometry: LayerGeometry, cache: KVQCache, token: int, dtype: 
         )
 
     statistics = keys.statistics_nbytes(dim) + values.statistics_nbytes(geometry.value_dim)
-    if cache.uses_frame:  # float32: the mean key, and a scale per rotary pair
-        statistics += 4 * (2 * dim - cache.rotary.pairs)
+    if cache.uses_frame:  # float32: the mean key, what of it does not turn, and a scale per rotary pair
+        statistics += 4 * (3 * dim - cache.rotary.pairs)
     return PackedLayout(
         token=token,
         planes=rows(keys, dim, "float32" if cache.uses_frame else dtype) + rows(values, geometry.value_dim, dtype),

@@ -17,8 +17,8 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import AttentionError
-from .frame import scaled_queries
-from .rotary import Rotary, pair_products, span_scores
+from .frame import mean_products, scaled_queries
+from .rotary import Rotary, span_scores
 
 if TYPE_CHECKING:
     from .attention import AttendArgs, Mask
@@ -42,8 +42,8 @@ def attend_packed(args: AttendArgs) -> mx.array:
         pairs = None
     else:
         prepare = _preparation(frame.rotary, args.scale, Hkv, padded)
-        q, packed_queries, *products = prepare(queries, frame.mean, frame.scale)
-        pairs = products[0], products[1], products[2] if len(products) > 2 else None
+        q, packed_queries, *products = prepare(queries, frame.mean, frame.scale, frame.constant)
+        pairs = products[0], products[1], products[2]
 
     packed_queries = cache.key_codec.transform_queries(packed_queries, cache.key_statistics).astype(dtype)
     pieces = token_pieces(cache.packed_tokens, 4 * B * Hkv * max(Dk, Dv))
@@ -89,10 +89,9 @@ def _grouped_queries(queries: mx.array, scale: float, Hkv: int, padded: int) -> 
 def _preparation(rotary: Rotary, scale: float, Hkv: int, padded: int) -> Callable[..., list[mx.array]]:
     """Compiled, once for each shape of the queries: what does not depend on the tokens that are stored."""
 
-    def prepare(queries: mx.array, mean: mx.array, frame_scale: mx.array) -> list[mx.array]:
+    def prepare(queries: mx.array, mean: mx.array, frame_scale: mx.array, constant: mx.array) -> list[mx.array]:
         q = _grouped_queries(queries, scale, Hkv, padded)
-        along, across, rest = pair_products(rotary, q, mean)
-        return [q, scaled_queries(rotary, q, frame_scale), along, across, *([] if rest is None else [rest])]
+        return [q, scaled_queries(rotary, q, frame_scale), *mean_products(rotary, q, mean, constant)]
 
     return mx.compile(prepare)
 

@@ -651,10 +651,36 @@ def test_a_restored_cache_goes_on_like_the_original(kind, tokens):
 
 def test_a_state_of_a_newer_version_is_refused():
     state = KVQCache(LayerSpec("tq4", "tq4")).state
-    state["meta"] = state["meta"].replace('"version": 1}', '"version": 2}')
-    assert '"version": 2}' in state["meta"]
-    with pytest.raises(CacheStateError, match="version 1 or less, got 2"):
+    state["meta"] = state["meta"].replace('"version": 2}', '"version": 3}')
+    assert '"version": 3}' in state["meta"]
+    with pytest.raises(CacheStateError, match="version 2 or less, got 3"):
         KVQCache.from_state(state)
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_state_of_version_1_has_a_constant_of_zero(kind):
+    keys, values = tokens_like_keys(31, 300), tokens_like_values(31, 300)
+    cache = both_kinds()[kind]
+    feed(cache, keys, values, 300)
+    state = cache.state
+    del state["frame"]["constant"]
+    state["meta"] = state["meta"].replace('"version": 2}', '"version": 1}')
+    other = type(cache).from_state(state)
+    assert mx.array_equal(other.frame.constant, mx.zeros((1, 2, 1, D)))
+    for a, b in zip(other.decode_all(), cache.decode_all(), strict=True):
+        assert mx.array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_the_constant_is_saved_and_copied(kind):
+    keys, values = tokens_like_keys(31, 300) + 4.0, tokens_like_values(31, 300)
+    cache = both_kinds()[kind]
+    feed(cache, keys, values, 300)
+    assert mx.max(mx.abs(cache.frame.constant)) > 2
+    for other in (restored(cache), copy.deepcopy(cache), KVQCache.merge([cache, cache]).extract(1)):
+        assert mx.array_equal(other.frame.constant, cache.frame.constant)
+        for a, b in zip(other.decode_all(), cache.decode_all(), strict=True):
+            assert mx.array_equal(a, b)
 
 
 @pytest.mark.parametrize("kind", [0, 1])

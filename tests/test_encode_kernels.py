@@ -31,7 +31,6 @@ from mlx_kvq_plugin.cache import KVQCache
 from mlx_kvq_plugin.codecs import UNBIASED
 from mlx_kvq_plugin.codecs.trellis import TrellisCoded
 from mlx_kvq_plugin.errors import KernelError
-from mlx_kvq_plugin.frame import KeyFrame
 from mlx_kvq_plugin.kernels.build import backend
 from mlx_kvq_plugin.kernels.encode import encode_block, why_not_encode
 from mlx_kvq_plugin.kernels.sides import why_not_sides
@@ -206,14 +205,14 @@ def test_all_tokens_leave_empty_buffers(on: str) -> None:
 
 @pytest.mark.parametrize("on", BACKENDS)
 def test_the_frame_matters_to_the_comparison(on: str) -> None:
-    # A mean that is off by a thousandth, or turned to the next position, fails it.
+    # A mean or a constant that is off by three thousandths, or turning to the next position, fails it.
     shape = Shape(1, 1, 0, 30, 0, 0, 0, 500, 1.0, 1)
-    for wrong in ("mean", "position"):
+    for wrong in ("mean", "constant", "position"):
         cache = cache_of(KINDS[1], shape)
         assert cache.frame is not None
         right, offset = cache.frame, cache.offset
-        if wrong == "mean":
-            cache.frame = KeyFrame(right.rotary, right.mean * 1.001, right.scale)
+        if wrong != "position":
+            cache.frame = replace(right, **{wrong: getattr(right, wrong) * 1.003})
         else:
             cache.offset += 1
         keys = encode_block(cache, 3, 20, on=on)[0]

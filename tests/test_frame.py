@@ -10,7 +10,7 @@ import pytest
 from mlx_kvq_plugin.cache import KVQCache
 from mlx_kvq_plugin.codecs import get_codec
 from mlx_kvq_plugin.config import LayerSpec
-from mlx_kvq_plugin.frame import KeyFrame, fit_frame, query_energy
+from mlx_kvq_plugin.frame import KeyFrame, fit_frame, frame_size, query_energy
 from mlx_kvq_plugin.rotary import Rotary, no_rotation, read_rotary, turn
 
 DIM = 64
@@ -76,7 +76,8 @@ def sizes(rotary: Rotary, span: float, seed: int) -> np.ndarray:
 
 def some_frame(rotary: Rotary) -> KeyFrame:
     scale = np.exp(0.5 * normal(2, 3, 1, DIM - rotary.pairs, seed=8))
-    return KeyFrame(rotary, float32(5 * normal(2, 3, 1, DIM, seed=9)), float32(scale))
+    constant = 5 * normal(2, 3, 1, DIM, seed=10) * (np.arange(DIM) < 2 * rotary.pairs)
+    return KeyFrame(rotary, float32(5 * normal(2, 3, 1, DIM, seed=9)), float32(scale), float32(constant))
 
 
 @every_rotary
@@ -91,10 +92,10 @@ def test_decoding_is_the_inverse_of_encoding(name: str, start: int) -> None:
 
 @every_rotary
 @pytest.mark.parametrize("start", [0, 61, 4000])
-def test_encoding_subtracts_the_turned_mean_and_scales(name: str, start: int) -> None:
+def test_encoding_subtracts_the_turned_mean_and_the_constant_and_scales(name: str, start: int) -> None:
     rotary = ROTARIES[name]
     frame, keys = some_frame(rotary), normal(2, 3, 70, DIM)
-    mean = turned(rotary, np.broadcast_to(float64(frame.mean), keys.shape), start)
+    mean = turned(rotary, np.broadcast_to(float64(frame.mean), keys.shape), start) + float64(frame.constant)
     scale = np.stack([tied(rotary, row) for row in float64(frame.scale).reshape(6, -1)]).reshape(2, 3, 1, DIM)
     found = np.array(frame.encode(float32(keys), start))
     np.testing.assert_allclose(found, (keys - mean) * scale, rtol=0, atol=1e-4)  # numbers up to 100
@@ -110,12 +111,8 @@ def test_both_terms_of_a_score_add_up_to_the_whole(name: str, start: int) -> Non
     scores = queries @ keys.swapaxes(-1, -2)
     np.testing.assert_allclose(body + mean, scores, rtol=0, atol=5e-4)  # float32 terms of up to 300 that cancel
     assert np.sqrt(np.mean(mean**2)) > 20  # the mean's part is not a detail here
-    np.testing.assert_allclose(
-        mean,
-        queries @ turned(rotary, np.broadcast_to(float64(frame.mean), keys.shape), start).swapaxes(-1, -2),
-        rtol=0,
-        atol=2e-4,
-    )
+    expected = turned(rotary, np.broadcast_to(float64(frame.mean), keys.shape), start) + float64(frame.constant)
+    np.testing.assert_allclose(mean, queries @ expected.swapaxes(-1, -2), rtol=0, atol=2e-4)
 
 
 @every_rotary
@@ -173,7 +170,7 @@ def test_scales_are_those_of_the_least_score_error(name: str) -> None:
 def test_scales_are_the_fourth_root_of_the_ratio_of_pair_energies(name: str) -> None:
     """On data without any symmetry within pairs, in few tokens: the mean of both channels counts."""
     rotary = ROTARIES[name]
-    keys = 5 * normal(1, 1, 7, DIM) * np.geomspace(0.1, 10, DIM) + 2
+    keys = turned(rotary, 5 * normal(1, 1, 7, DIM) * np.geomspace(0.1, 10, DIM) + 2, 4)
     queries = normal(1, 2, 7, DIM, seed=1) * np.geomspace(3, 0.2, DIM)
     positions = np.arange(4, 11)
     # R_n mu of the mean before the rotation, by turning each token back to position 0 and the mean forth again.
@@ -265,13 +262,16 @@ def test_query_energy_sums_over_the_query_heads_of_each_group() -> None:
 
 def test_rows_and_heads_have_their_own_statistics() -> None:
     rotary = ROTARIES["half"]
-    keys = float32(normal(2, 3, 100, DIM) * np.geomspace(1, 3, 6).reshape(2, 3, 1, 1) + normal(2, 3, 1, DIM, seed=1))
+    keys = normal(2, 3, 100, DIM) * np.geomspace(1, 3, 6).reshape(2, 3, 1, 1) + normal(2, 3, 1, DIM, seed=1)
+    keys[1, 1] += 9
+    keys = float32(keys)
     energy = query_energy(float32(normal(2, 3, 100, DIM, seed=2)), 3)
     together = fit_frame(rotary, keys, 4, energy)
     for b, h in np.ndindex(2, 3):
         cut = np.s_[b : b + 1, h : h + 1]
         alone = fit_frame(rotary, keys[cut], 4, energy[cut])
-        np.testing.assert_allclose(np.array(alone.mean), np.array(together.mean[cut]), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(np.array(alone.mean), np.array(together.mean[cut]), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(np.array(alone.constant), np.array(together.constant[cut]), rtol=0, atol=1e-5)
         np.testing.assert_allclose(np.array(alone.scale), np.array(together.scale[cut]), rtol=1e-5)
 
 
@@ -295,8 +295,24 @@ def test_dead_pairs_get_finite_scales() -> None:
     np.testing.assert_allclose(np.array(silent.scale), 1, rtol=1e-5)
 
 
-def test_bytes_are_one_and_a_half_float32_rows_a_head() -> None:
-    assert some_frame(ROTARIES["half"]).nbytes == 2 * 3 * 1.5 * DIM * 4
+def test_bytes_are_two_and_a_half_float32_rows_a_head() -> None:
+    frame = some_frame(ROTARIES["half"])
+    assert frame.nbytes == 2 * 3 * 2.5 * DIM * 4
+    frame.joined()
+    assert frame.nbytes == 2 * 2 * 3 * 2.5 * DIM * 4
+
+
+@every_rotary
+def test_kernels_get_rows_of_whole_16_bytes(name: str) -> None:
+    frame = some_frame(ROTARIES[name])
+    size = frame_size(DIM, ROTARIES[name].pairs)
+    assert size % 4 == 0
+    found, rest = np.array(frame.joined()), DIM - ROTARIES[name].pairs
+    assert found.shape == (2, 3, 1, size)
+    for start, part in ((0, frame.mean), (DIM, frame.constant), (2 * DIM, frame.scale)):
+        np.testing.assert_array_equal(found[..., start : start + part.shape[-1]], np.array(part))
+    np.testing.assert_array_equal(found[..., 2 * DIM + rest :], 0)
+    assert replace(frame, mean=2 * frame.mean).joined()[0, 0, 0, 0] == 2 * frame.mean[0, 0, 0, 0]
 
 
 def test_statistics_leave_out_the_first_tokens() -> None:

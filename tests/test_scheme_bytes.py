@@ -88,7 +88,7 @@ def by_codes(cache: Any, dim: int) -> float:
     keys, values = cache.key_codec, cache.value_codec
     planes = [*keys.planes(dim, "float32" if framed else "float16"), *values.planes(dim, "float16")]
     dense = spec.sinks + spec.recent + cache.block
-    statistics = keys.statistics_nbytes(dim) + values.statistics_nbytes(dim) + framed * 6 * dim
+    statistics = keys.statistics_nbytes(dim) + values.statistics_nbytes(dim) + framed * 10 * dim
     return cache.packed_tokens * sum(plane.nbytes for plane in planes) + dense * 4 * dim + statistics
 
 

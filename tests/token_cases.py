@@ -123,7 +123,9 @@ def cache_of(kind: Kind, shape: Shape) -> KVQCache:
     if kind.framed:
         mean = shape.norm * mx.random.normal((B, H, 1, kind.dims[0]))
         scale = mx.exp(0.5 * mx.random.normal((B, H, 1, kind.dims[0] - kind.rotary.pairs)))
-        cache.frame = KeyFrame(kind.rotary, mean, scale)
+        constant = shape.norm * mx.random.normal(mean.shape, key=mx.random.key(shape.seed))
+        constant = mx.where(mx.arange(kind.dims[0]) < 2 * kind.rotary.pairs, constant, 0.0)
+        cache.frame = KeyFrame(kind.rotary, mean, scale, constant)
 
     def tokens(count: int, dim: int) -> mx.array:
         sizes = mx.exp(mx.random.normal((B, H, count, 1)))
@@ -139,7 +141,7 @@ def cache_of(kind: Kind, shape: Shape) -> KVQCache:
     cache._packed, cache._packed_start, cache._dense = shape.packed, shape.start, shape.dense
     cache.offset = shape.position + shape.packed + shape.dense
     arrays = [*cache.key_planes.values(), *cache.value_planes.values(), cache.dense_keys, cache.dense_values]
-    mx.eval(arrays, [] if cache.frame is None else [cache.frame.mean, cache.frame.scale])
+    mx.eval(arrays, [] if cache.frame is None else cache.frame.arrays())
     return cache
 
 
@@ -156,7 +158,7 @@ def hadamard(dim: int) -> Any:
 
 
 def turned_mean(frame: KeyFrame, position: int, count: int) -> Any:
-    """R_n mu `(B, H, count, D)`, from the angles themselves."""
+    """R_n mu + c `(B, H, count, D)`, from the angles themselves."""
     rotary, mean = frame.rotary, in_float64(frame.mean)
     angles = (position + np.arange(count))[:, None] * np.array(rotary.angles, np.float64)
     cos, sin = rotary.magnitude * np.cos(angles), rotary.magnitude * np.sin(angles)
@@ -165,7 +167,7 @@ def turned_mean(frame: KeyFrame, position: int, count: int) -> Any:
     first, second = (slice(P), slice(P, 2 * P)) if rotary.layout == "half" else (slice(0, 2 * P, 2), slice(1, 2 * P, 2))
     turned[..., first] = mean[..., first] * cos - mean[..., second] * sin
     turned[..., second] = mean[..., first] * sin + mean[..., second] * cos
-    return turned
+    return turned + in_float64(frame.constant)
 
 
 def codes_of(codec: Any, planes: dict[str, mx.array], dim: int) -> Any:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from ..codecs import Codec
+from ..frame import frame_size
 from ..rotary import BLOCK, Rotary
 from .build import CUDA, METAL, Kernel, backend, build, has_byte_products, merges_at_the_end, numbers
 from .byte_codes import has_bytes, key_bytes_text, value_bytes_text
@@ -186,6 +187,7 @@ class FusedPlan:
             "KVQ_MASK_HEADS": heads,
             "KVQ_MASK_QUERIES": queries,
             "KVQ_FRAME": self.rotary is not None,
+            "KVQ_FRAME_SIZE": frame_size(call.key_dim, pairs),
             "KVQ_PAIRS": pairs,
             "KVQ_PAIR_STEPS": -(-pairs // 8),
             "KVQ_SHARED_TURNS": 0 < pairs <= 64 and self.columns * max(call.key_dim, call.value_dim) <= 1024,
@@ -236,9 +238,10 @@ class FusedPlan:
                 prologue += f"KVQ_DEVICE const float* {name} = tables + {getattr(self.tables, name)};\n"
             prologue += "KVQ_DEVICE const kvq_byte* inner_turns = (KVQ_DEVICE const kvq_byte*)"
             prologue += f"(tables + {self.tables.inner_turns});\n"
-            prologue += _chosen("float", "frame", "(2 * KVQ_DK - KVQ_PAIRS)", call.rows)
+            prologue += _chosen("float", "frame", "KVQ_FRAME_SIZE", call.rows)
             prologue += "KVQ_DEVICE const float* frame_mean = frame;\n"
-            prologue += "KVQ_DEVICE const float* frame_scale = frame + KVQ_DK;\n"
+            prologue += "KVQ_DEVICE const float* frame_steady = frame + KVQ_DK;\n"
+            prologue += "KVQ_DEVICE const float* frame_scale = frame + 2 * KVQ_DK;\n"
         if self.bytes:
             products = "attend_bytes.h"
             codes = key_bytes_text(self.key_layout) + value_bytes_text(self.value_layout)

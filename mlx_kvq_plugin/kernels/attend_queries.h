@@ -11,19 +11,21 @@ for (int n = warp; n < KVQ_COLUMNS; n += KVQ_WARPS) {
     continue;
   }
   float x[KVQ_DK / 32];
+#if KVQ_FRAME
+  // q . (R_n mu + c) = sum over pairs of even cos(n theta) + odd sin(n theta), and what is the same for all tokens.
+  float steady = 0.0f, size = 0.0f;
+#endif
   KVQ_UNROLL
   for (int i = 0; i < KVQ_DK / 32; i++) {
     const int c = 32 * i + lane;
-    x[i] = KVQ_QUERY(first_row + n, c) * key_signs[c];
+    x[i] = KVQ_QUERY(first_row + n, c);
 #if KVQ_FRAME
+    steady += x[i] * (frame_steady[c] + (c < 2 * KVQ_PAIRS ? 0.0f : frame_mean[c]));
     x[i] /= frame_scale[kvq_scale_index(c)];
 #endif
+    x[i] *= key_signs[c];
   }
 #if KVQ_FRAME
-  // q . R_n mu = sum over pairs of even cos(n theta) + odd sin(n theta), and a constant of channels that do not turn.
-  float steady = 0.0f, size = 0.0f;
-  for (int c = 2 * KVQ_PAIRS + lane; c < KVQ_DK; c += 32)
-    steady += KVQ_QUERY(first_row + n, c) * frame_mean[c];
   float even[KVQ_MEAN_PARTS], odd[KVQ_MEAN_PARTS];
   KVQ_UNROLL
   for (int i = 0; i < KVQ_MEAN_PARTS; i++) {

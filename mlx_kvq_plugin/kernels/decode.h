@@ -15,8 +15,7 @@ if (KVQ_GROUP_X < groups) {
     kvq_frame frame;
     frame.block = position / 64;
 #if KVQ_FRAME
-    frame.mean = frame_mean + plane * KVQ_DIM(0);
-    frame.scale = frame_scale + plane * (KVQ_DIM(0) - KVQ_PAIRS);
+    frame.mean = frames + plane * KVQ_FRAME_SIZE;
 #if KVQ_PAIRS
     frame.block_cos = block_cos;
     frame.block_sin = block_sin;

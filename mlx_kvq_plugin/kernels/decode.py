@@ -75,7 +75,7 @@ class Decoder:
         if key_planes["scale"].shape[2] < CONSTANT_ROWS:
             inputs[5:] = [pad_tokens(plane, CONSTANT_ROWS - plane.shape[2]) for plane in inputs[5:]]
         if frame is not None:
-            inputs += [frame.mean, frame.scale]
+            inputs.append(frame.joined())
             if frame.rotary.pairs:
                 inputs += block_tables(frame.rotary, (position + packed - 1) // BLOCK + 1, whole=True)
         blocks = -(-(position % BLOCK + packed) // BLOCK)

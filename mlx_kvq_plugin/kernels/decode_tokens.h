@@ -13,8 +13,7 @@ KVQ_FUNC void kvq_split_codes(KVQ_PRIVATE const kvq_uint* words, int place, KVQ_
 // Of one head.
 struct kvq_frame {
 #if KVQ_FRAME
-  KVQ_DEVICE const float* mean;
-  KVQ_DEVICE const float* scale;
+  KVQ_DEVICE const float* mean;  // then the constant, then the scales of pairs and of channels that do not turn
   KVQ_DEVICE const float* block_cos;
   KVQ_DEVICE const float* block_sin;
   KVQ_DEVICE const float* inner;
@@ -32,9 +31,11 @@ KVQ_FUNC void kvq_decode(KVQ_DEVICE const kvq_byte* plane0, KVQ_DEVICE const kvq
   float factor[16];
   kvq_read_row<SIDE>(signs, place, factor);
 #if KVQ_FRAME
+  float steady[16];
   if (SIDE == 0) {
+    kvq_read_row<0>(frame.mean + KVQ_DIM(0), place, steady);
     KVQ_UNROLL
-    for (int j = 0; j < 16; j++) factor[j] *= 1.0f / frame.scale[kvq_scale_index(kvq_channel<0>(j, place))];
+    for (int j = 0; j < 16; j++) factor[j] *= 1.0f / frame.mean[2 * KVQ_DIM(0) + kvq_scale_index(kvq_channel<0>(j, place))];
   }
 #endif
   KVQ_NO_UNROLL
@@ -95,6 +96,7 @@ KVQ_FUNC void kvq_decode(KVQ_DEVICE const kvq_byte* plane0, KVQ_DEVICE const kvq
         if (SIDE == 0) {
           more = own[j];
           if (KVQ_PAIRS) more = own[j] * c[kvq_turn(j)] + other[j] * s[kvq_turn(j)];
+          more += steady[j];
         }
 #endif
         x[j] = turned * size + more;

@@ -27,8 +27,7 @@ if (KVQ_GROUP_X < tiles) {
     KVQ_DEVICE const KVQ_KEY_TYPE* x = (KVQ_DEVICE const KVQ_KEY_TYPE*)dense_keys + (plane * rows + start) * KVQ_DIM(0);
     kvq_frame frame;
 #if KVQ_FRAME
-    frame.mean = frame_mean + plane * KVQ_DIM(0);
-    frame.scale = frame_scale + plane * (KVQ_DIM(0) - KVQ_PAIRS);
+    frame.mean = frames + plane * KVQ_FRAME_SIZE;
 #if KVQ_PAIRS
     frame.block_cos = block_cos;
     frame.block_sin = block_sin;

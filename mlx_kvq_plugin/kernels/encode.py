@@ -85,7 +85,7 @@ class Encoder:
         inputs = [keys, values, self.key_signs, self.value_signs]
         inputs.append(numbers(start, count, position, cache._dense, capacity))
         if frame is not None:
-            inputs += [frame.mean, frame.scale]
+            inputs.append(frame.joined())
             if frame.rotary.pairs:
                 inputs += block_tables(frame.rotary, (position + count - 1) // BLOCK + 1, whole=True)
         shapes = [(B, H, count, width) for side in self.planes for _, width in side]

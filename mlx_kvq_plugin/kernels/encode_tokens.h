@@ -18,8 +18,7 @@ struct kvq_workspace {};
 // Of one head.
 struct kvq_frame {
 #if KVQ_FRAME
-  KVQ_DEVICE const float* mean;
-  KVQ_DEVICE const float* scale;
+  KVQ_DEVICE const float* mean;  // then the constant, then the scales of pairs and of channels that do not turn
   KVQ_DEVICE const float* block_cos;
   KVQ_DEVICE const float* block_sin;
   KVQ_DEVICE const float* inner;
@@ -61,11 +60,12 @@ KVQ_FUNC void kvq_encode(P x, KVQ_DEVICE const float* signs, KVQ_PRIVATE const k
   float sign[16];
   kvq_read_row<SIDE>(signs, place, sign);
 #if KVQ_FRAME
-  float own[16], other[16], scale[16];
+  float own[16], other[16], steady[16], scale[16];
   if (SIDE == 0) {
     kvq_read_mean(frame.mean, place, own, other);
+    kvq_read_row<0>(frame.mean + KVQ_DIM(0), place, steady);
     KVQ_UNROLL
-    for (int j = 0; j < 16; j++) scale[j] = frame.scale[kvq_scale_index(kvq_channel<0>(j, place))] * sign[j];
+    for (int j = 0; j < 16; j++) scale[j] = frame.mean[2 * KVQ_DIM(0) + kvq_scale_index(kvq_channel<0>(j, place))] * sign[j];
   }
 #endif
   KVQ_NO_UNROLL
@@ -79,7 +79,7 @@ KVQ_FUNC void kvq_encode(P x, KVQ_DEVICE const float* signs, KVQ_PRIVATE const k
       float mean[16];
       kvq_turned_mean(frame, frame.position + token, place, own, other, mean);
       KVQ_UNROLL
-      for (int j = 0; j < 16; j++) y[j] = (y[j] - mean[j]) * scale[j];
+      for (int j = 0; j < 16; j++) y[j] = (y[j] - (mean[j] + steady[j])) * scale[j];
     }
 #endif
     if (SIDE == 1 || !KVQ_FRAME) {

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..codebooks import Codebook
 from ..codecs import LEAST_SQUARES, NORM, UNBIASED, Codec
+from ..frame import frame_size
 from ..rotary import Rotary
 from ..rotation import HADAMARD
 from ..trellis import AROUND
@@ -92,6 +93,7 @@ def frame_defines(rotary: Rotary | None, dim: int) -> dict[str, Any]:
     beside = 0 if pairs == 0 or (half and 2 * pairs < dim) else 8 if half else 1
     return {
         "KVQ_FRAME": rotary is not None,
+        "KVQ_FRAME_SIZE": frame_size(dim, pairs),
         "KVQ_PAIRS": pairs,
         "KVQ_HALF_LAYOUT": half,
         "KVQ_MAGNITUDE": number(rotary.magnitude if rotary is not None else 1.0),

@@ -104,7 +104,7 @@ class Sides:
         if self.rotary is None:
             return []
         tables = ["block_cos", "block_sin", "inner"] if self.rotary.pairs else []
-        return ["frame_mean", "frame_scale", *tables]
+        return ["frames", *tables]
 
 
 def sides_key(cache: KVQCache) -> tuple[Any, ...]:
