@@ -7,7 +7,7 @@ import inspect
 import json
 import platform
 from collections.abc import Iterable
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,14 @@ def story() -> str:
     return (Path(__file__).resolve().parent.parent / "examples" / "document.txt").read_text()
 
 
+def licence() -> str:
+    """Legal prose: the licence that transformers comes with."""
+    files = distribution("transformers").files or []
+    return next(file for file in files if file.name == "LICENSE").read_text()
+
+
 TEXTS = {"documentation": documentation, "code": source_code, "story": story}
+LONG_TEXTS = {"documentation": documentation, "code": source_code, "licence": licence}  # 2,000 tokens at least
 
 
 def load(name: str) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, TEXTS, load, machine
+from common import LONG_TEXTS, RESULTS, TEXTS, load, machine
 
 import mlx_kvq_plugin as kvq
 from mlx_kvq_plugin.calibration import calibrate
@@ -56,7 +56,7 @@ def calibrated(name: str, model: Any, tokenizer: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", default=["smollm2", "gemma3"])
-    parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=list(TEXTS))
+    parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=[*TEXTS, "licence"])
     parser.add_argument("--schemes", nargs="+")
     parser.add_argument("--prefill", type=int, default=200)
     parser.add_argument("--steps", type=int, default=200)
@@ -70,7 +70,7 @@ def main() -> None:
         haystack = build_haystack(tokenizer, corpus_text("prose"), (0.1, 0.5, 0.9), 1000) if arguments.needle else None
         rows = []
         start = time.perf_counter()
-        texts = {text: tokenizer.encode(TEXTS[text]()) for text in arguments.texts}
+        texts = {text: tokenizer.encode({**TEXTS, **LONG_TEXTS}[text]()) for text in arguments.texts}
         for row in measure(
             model,
             texts,

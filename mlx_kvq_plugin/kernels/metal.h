@@ -42,7 +42,7 @@ KVQ_FUNC float kvq_sqrt(float x) { return metal::precise::sqrt(x); }
 KVQ_FUNC float kvq_tanh(float x) { return metal::precise::tanh(x); }
 KVQ_FUNC float kvq_abs(float x) { return metal::fabs(x); }
 KVQ_FUNC float kvq_max(float x, float y) { return metal::fmax(x, y); }
-KVQ_FUNC float kvq_least(float x, float y) { return metal::fmin(x, y); }
+KVQ_FUNC float kvq_least(float x, float y) { return metal::min(x, y); }
 KVQ_FUNC int kvq_min(int x, int y) { return metal::min(x, y); }
 KVQ_FUNC float kvq_fma(float x, float y, float z) { return metal::fma(x, y, z); }
 

@@ -41,26 +41,26 @@ def _step(layout: CodeLayout, phase: int) -> str:
     subsets, newest, dropped = 2 ** len(layout.generators), _column(layout, 0), _column(layout, 8)
     text = f"{{ const int at = {phase * subsets} + (int)(parts >> {4 * phase} & {subsets - 1}u);\n"
     text += "".join(f"const float d{s} = distance[at ^ {s}];\n" for s in range(subsets))
-    text += "kvq_uint word = 0u;\n"
-
-    def choose(state: int, first: str, second: str) -> str:
-        bit = f"0x{1 << state:x}u"
-        return f"word |= {second} < {first} ? {bit} : 0u; const float n{state} = kvq_least({first}, {second});\n"
-
     states = range(1 << STATE_BITS)
     if phase < STATE_BITS:
         for zero in (state for state in states if not state >> phase & 1):
             one, part = zero | 1 << phase, _part(layout, zero, phase)
             for state, to in ((zero, part), (one, part ^ newest)):
                 text += f"const float a{state} = c[{zero}] + d{to}, b{state} = c[{one}] + d{to ^ dropped};\n"
-                text += choose(state, f"a{state}", f"b{state}")
     else:
         lane_bit = 1 << (phase - STATE_BITS)
         for state in states:
             part = _part(layout, state, phase)
             text += f"const float a{state} = c[{state}] + d{part};\n"
             text += f"const float b{state} = kvq_shuffle_xor(c[{state}], {lane_bit}) + d{part ^ dropped};\n"
-            text += choose(state, f"a{state}", f"b{state}")
+    # The sign of a difference says which is less: two words take one after the other, from the highest state on.
+    text += "kvq_uint word = 0u, upper = 0u;\n"
+    for state in reversed(range(len(states) // 2)):
+        for name, own in (("word", state), ("upper", state + len(states) // 2)):
+            text += f"{name} = kvq_funnel({name}, kvq_word_of(b{own} - a{own}), 1);\n"
+    text += "word |= upper << 16;\n"
+    text += "".join(f"const float n{state} = kvq_least(a{state}, b{state});\n" for state in states)
+    if phase >= STATE_BITS:
         text += f"if ((sub & {lane_bit}) != 0) word = ~word;\n"
     text += "".join(f"c[{state}] = n{state};\n" for state in states)
     return text + f"if (writes) oldest[{phase} * stride] = word;\n}}\n"
