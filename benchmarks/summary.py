@@ -100,11 +100,33 @@ def quality_tables() -> str:
             f"## {TITLES[model]}\n\n![KL against bits](frontier-{model}.png)\n\n{table(head, lines)}"
             + ("\n\nNot possible on this model:\n\n" + "\n".join(failed) if failed else "")
         )
+    parts.append(frontier())
     parts.append(f"## What settings are worth\n\n{_settings()}")
     texts, machine = ", ".join(found["texts"]), found["machine"]
     return f"Texts: {texts}; {found['prefill']} tokens prefilled, {found['steps']} steps; {machine}.\n\n" + "\n\n".join(
         parts
     )
+
+
+def frontier() -> str:
+    """Trellis codes against scalar ones: after a short and after a long prompt."""
+    lines, runs = [], []
+    for model in MODELS:
+        for name in ("frontier", "frontier-far"):
+            if not stored(f"{name}-{model}"):
+                continue
+            found = results(f"{name}-{model}")
+            first, last = found["prefill"], found["prefill"] + found["steps"]
+            runs.append(f"{first:,} to {last:,}: {', '.join(found['texts'])}")
+            lines += [
+                [TITLES[model], f"{first:,} to {last:,}", f"`{row['scheme']}`", f"{row['bits']:.2f}"]
+                + [f"{row[key]:.4f}" for key in ("kl_mean", "kl_median")]
+                + [f"{row['kl_p99']:.3f}", f"{row['top1']:.1%}"]
+                + [f"{row['perplexity']:.2f} ({row['reference_perplexity']:.2f})"]
+                for row in sorted(found["rows"], key=lambda row: (-row["bits"], row["kl_mean"]))
+            ]
+    head = ["model", "positions", "scheme", "bits", "KL mean", "median", "p99", "top-1", "perplexity (fp16)"]
+    return f"## The frontier\n\nTexts at {'; '.join(dict.fromkeys(runs))}.\n\n{table(head, lines)}"
 
 
 def _settings() -> str:

@@ -11,8 +11,8 @@ import pytest
 from token_cases import (
     BACKENDS,
     KINDS,
-    TRELLIS_KINDS,
     PRELUDES,
+    TRELLIS_KINDS,
     Kind,
     Shape,
     cache_of,

@@ -179,7 +179,7 @@ PARTS = (
 )
 VALUES_BY = "values must be stored by a codec that can do them, got "
 OUTLIERS = "outliers must be asked for with tq1 to tq6, got "
-FAMILY = "a codec family must be one of affine, grouped, identity, kivi, polar, qjl, rvq, tq, tqprod"
+FAMILY = "a codec family must be one of affine, grouped, identity, kivi, polar, qjl, rvq, tcq, tq, tqprod"
 WRONG_SCHEMES: list[tuple[Any, str]] = [
     (None, "kv_scheme must be a scheme string or a KVQConfig, got None"),
     (4, "kv_scheme must be a scheme string or a KVQConfig, got 4"),

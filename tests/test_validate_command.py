@@ -66,7 +66,7 @@ def test_the_table_shows_codecs_against_theory(run):
 def test_without_codecs_all_of_the_asked_rates_are_measured(run):
     code, out, _ = run("validate", "--bits", 1, *QUICK)
     assert code == 0
-    assert list(rows(out)) == ["qjl1", "tq1"]
+    assert list(rows(out)) == ["qjl1", "tcq1", "tq1"]
     code, out, _ = run("validate", "--bits", 3, "--codecs", "tq3", "tq2", "rvq1", "polar4", *QUICK)
     assert list(rows(out)) == ["tq3", "polar4"]
 
