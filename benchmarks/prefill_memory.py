@@ -6,8 +6,8 @@ The model is that of decode_gpu.py. Chunks of 2,048 tokens, as mlx-lm's; schemes
 a first one counts. Memory is MLX's peak during the prefill less what is active before it (the weights) and less the
 peak of the same prefill without any past (a fresh cache for every chunk), which is what a chunk takes by itself.
 
-How much of the time is packing is measured apart: layers that hold half of the tokens pack a chunk each, without waiting
-in between, as a prefill does; the median time of a layer times chunks and layers, as a share of the prefill's seconds.
+How much of the time is packing is measured apart: layers that hold half of the tokens pack a chunk each, without
+waiting in between, as a prefill does; the median time of a layer times chunks and layers, as a share of the prefill's.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class TrellisCoded(TurboQuant):
         return self.code.book
 
     def expected_mse(self, dim: int) -> tuple[float, float] | None:
-        """Around what `benchmarks/trellis.py` measures at 128 channels, as there is no formula: less at more channels."""
+        """Around what `benchmarks/trellis.py` measures at 128 channels, as there is no formula."""
         least = _MSE[self.bits]
         mse = {LEAST_SQUARES: least, NORM: 2 - 2 * (1 - least) ** 0.5, UNBIASED: 1 / (1 - least) - 1}[self.scaling]
         return 0.982 * mse, 1.018 * mse
