@@ -1,6 +1,6 @@
 """Weights that are hostile to quantized caches, though the model computes the same: how much worse do schemes get?
 
-    python benchmarks/torture.py [--model smollm2 gemma3] [--schemes tq4 tq3 rvq1 mlx-affine4]
+    python benchmarks/torture.py [--model smollm2 gemma3] [--schemes tq4 tq3 rvq1 mlx-affine4] [--torture constant]
 
     constant  a vector of 5 times the norm of a key is added to all keys of a head after the rotary: softmax drops it
     pairs     every rotary pair of the keys is scaled by 2^-3 to 2^3, that of the queries by the inverse
@@ -15,12 +15,13 @@ in nats, one text, a prefill and single-token steps as in `kvq eval`, and their 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
-from common import TEXTS, load, machine, print_table, store
+from common import RESULTS, TEXTS, load, machine, print_table, store
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
 
 from mlx_kvq_plugin.cache import KVQCache
@@ -166,10 +167,23 @@ def kl_means(model: Any, ids: list[int], schemes: list[str], prefill: int, steps
     return {"float16": rounded(model, ids, steps), **{row.scheme: row.overall.kl_mean for row in rows}}
 
 
+def with_others(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """New rows, and the stored ones of models, tortures and schemes that they do not have, in the order stored."""
+
+    def name(row: dict[str, Any]) -> tuple[str, ...]:
+        return row["model"], row["torture"], row["scheme"]
+
+    new = {name(row): row for row in rows}
+    path = RESULTS / "torture.json"
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [new.pop(name(row), row) for row in before] + list(new.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", default=["smollm2", "gemma3"])
     parser.add_argument("--schemes", nargs="+", default=["tq4", "tq3", "rvq1", "mlx-affine4"])
+    parser.add_argument("--torture", nargs="+", default=list(TORTURES), choices=list(TORTURES))
     parser.add_argument("--text", default="story", choices=list(TEXTS))
     parser.add_argument("--prefill", type=int, default=200)
     parser.add_argument("--steps", type=int, default=100)
@@ -181,8 +195,8 @@ def main() -> None:
         ids = list(tokenizer.encode(TEXTS[arguments.text]()))[: arguments.prefill + arguments.steps]
         norm, plain = key_norm(model, ids), stock_logprobs(model, ids)
         before = kl_means(model, ids, arguments.schemes, arguments.prefill, arguments.steps)
-        for torture, change in TORTURES.items():
-            with change(model, norm):
+        for torture in arguments.torture:
+            with TORTURES[torture](model, norm):
                 moved = mx.mean(divergence(plain, stock_logprobs(model, ids))).item()
                 if torture != "bias" and moved > SAME:
                     raise SystemExit(f"{torture} must leave {name} as it is, got {moved:.2g} nats with mlx-lm's caches")
@@ -201,7 +215,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
     print(machine())
     if not arguments.no_store:
-        store("torture", rows)
+        store("torture", with_others(rows))
     print_table(["model", "torture", "scheme", "KL", "untouched", "ratio"], [tuple(row.values()) for row in rows])
 
 
