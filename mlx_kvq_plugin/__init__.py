@@ -10,6 +10,7 @@ from mlx_lm.models import cache as _mlx_cache
 
 from .adapters import Adapter, LayerGeometry, attention_geometry, list_adapters
 from .allocation import Allocation, DistortionCurve
+from .auto import AutoChoice, LayerChoice
 from .batch import BatchKVQCache
 from .cache import KVQCache
 from .calibration import Calibration, calibrate
@@ -41,6 +42,7 @@ __all__ = [
     "DEMO_MODELS",
     "Adapter",
     "Allocation",
+    "AutoChoice",
     "AutoModelForCausalLM",
     "BatchKVQCache",
     "CacheReport",
@@ -54,6 +56,7 @@ __all__ = [
     "KVQCache",
     "KVQConfig",
     "KVQError",
+    "LayerChoice",
     "LayerGeometry",
     "LayerReport",
     "LayerSpec",

@@ -14,7 +14,7 @@ import bisect
 import heapq
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .codecs import GROUP, list_codecs
@@ -26,13 +26,47 @@ SENSITIVITIES = (GRADIENT, ACTIVATION)
 KEY, VALUE = "key", "value"
 SIDES = (KEY, VALUE)
 
-_BUDGET = re.compile(r"(.+)@(\d+(?:\.\d+)?)")
+AUTO = "auto"
+AUTO_FAMILY = "tq"  # of codecs that `auto` schemes choose from, where the scheme names none
+PER_LAYER, PER_HEAD = "layer", "head"
+GRANULARITIES = (PER_LAYER, PER_HEAD)
+
+_NUMBER = r"\d+(?:\.\d+)?"
+_BUDGET = re.compile(rf"(.+)@({_NUMBER})")
+_TARGET = re.compile(rf"{AUTO}(?:@(?P<bits>{_NUMBER})|:kl<=(?P<kl>{_NUMBER}))")
 _FLOOR = 1e-9  # of the largest weight: a component without any has no logarithm
 
 
 def whole_bits(family: str) -> tuple[int, ...]:
     """The whole numbers among the suffixes of a codec family, ascending."""
     return tuple(sorted(int(suffix) for suffix in load_plugin(GROUP, family).suffixes if suffix.isdecimal()))
+
+
+def _is_auto(name: str) -> bool:
+    return name == AUTO or name.startswith((f"{AUTO}@", f"{AUTO}:"))
+
+
+@dataclass(frozen=True)
+class Target:
+    """What `auto` schemes are to meet (auto.py): `auto@3.25` or `auto:kl<=0.02`.
+
+    Attributes:
+        bits: stored bits an element, all-in, over keys and values of the compressed layers; `None` for a `kl`.
+        kl: the predicted KL divergence, nats a token, at most; `None` for `bits`.
+    """
+
+    bits: float | None = None
+    kl: float | None = None
+
+    @staticmethod
+    def parse(name: str) -> Target | None:
+        """The target that a codec name asks for, or `None`; raises `SchemeError` for one that says nothing."""
+        if not _is_auto(name):
+            return None
+        match = _TARGET.fullmatch(name)
+        if match is None or not float(match["bits"] or match["kl"]):
+            raise SchemeError(f'automatic bits must be written like "auto@3.25" or "auto:kl<=0.02", got {name!r}')
+        return Target(*(None if match[kind] is None else float(match[kind]) for kind in ("bits", "kl")))
 
 
 @dataclass(frozen=True)
@@ -51,6 +85,8 @@ class Budget:
     def parse(name: str) -> Budget | None:
         """The budget that a codec name asks for, or `None`; raises `SchemeError` for one that no codecs meet."""
         match = _BUDGET.fullmatch(name)
+        if _is_auto(name):
+            return None
         if match is None:
             if "@" in name:
                 raise SchemeError(f'average bits must be written like "tq@2.5", got {name!r}')
@@ -113,6 +149,11 @@ class DistortionCurve:
         i = min(max(bisect.bisect_right(self.bits, bits), 1), len(self.bits) - 1)
         share = (bits - self.bits[i - 1]) / (self.bits[i] - self.bits[i - 1])
         return float(self.mse[i - 1] ** (1 - share) * self.mse[i] ** share)
+
+
+def plain_curve(bits: Sequence[int]) -> DistortionCurve:
+    """Errors that every bit quarters, as theory has it: for even bits, where nothing is known of a model."""
+    return DistortionCurve(tuple(bits), tuple(4.0**-b for b in bits), 1.0, 4.0)
 
 
 @dataclass(frozen=True)
@@ -186,11 +227,20 @@ def total_distortion(
     return sum(c.weight * curves[c.side].between(b) for c, b in zip(components, bits, strict=True))
 
 
+Rate = Callable[[Component, int], float]  # bits an element that a choice of bits takes
+
+
+def _as_named(component: Component, bits: int) -> float:
+    """The rate that leaves scales out."""
+    return bits
+
+
 def allocate_bits(
     components: Sequence[Component],
     average: float,
     choices: Sequence[int],
     curves: Mapping[str, DistortionCurve],
+    rate: Rate = _as_named,
 ) -> list[int]:
     """Whole bits of least total distortion whose average over elements is `average`, or as near below as they come.
 
@@ -200,35 +250,102 @@ def allocate_bits(
         components: with weights of at least 0.
         choices: bits that a component can get, ascending.
         curves: by side.
+        rate: what a choice takes, of which the average is meant.
 
     Raises:
         AllocationError: when the average is outside of the choices, there is nothing to allocate to, or weights are not
             finite or all 0.
     """
-    if not components or not choices[0] <= average <= choices[-1]:
+    low, high = (mean_rate(components, [choices[i]] * len(components), rate) for i in (0, -1))
+    if not components or not low - 1e-9 <= average <= high + 1e-9:
         raise AllocationError(
-            f"average bits must be in {choices[0]} to {choices[-1]} for at least one component, got {average:g} for "
+            f"average bits must be in {low:g} to {high:g} for at least one component, got {average:g} for "
             f"{len(components)}; choose another average"
         )
+    left = (average - low) * sum(c.elements for c in components)
+
+    def take(bits: float, saved: float) -> bool:
+        nonlocal left
+        if bits > left + 1e-6:
+            return False  # a smaller component may still fit
+        left -= bits
+        return True
+
+    return _steps(components, choices, curves, rate, take)
+
+
+def least_bits(
+    components: Sequence[Component],
+    most: float,
+    choices: Sequence[int],
+    curves: Mapping[str, DistortionCurve],
+    rate: Rate = _as_named,
+) -> list[int]:
+    """Whole bits whose total distortion is at most `most`: the first ones that the greedy comes to.
+
+    Args:
+        components, choices, curves, rate: as for `allocate_bits`.
+
+    Raises:
+        AllocationError: when the most bits do not do it, there is nothing to allocate to, or weights are not finite or
+            all 0.
+    """
+    least = total_distortion(components, [choices[-1]] * len(components), curves)
+    if not components or least > most:
+        raise AllocationError(
+            f"a total distortion must be at least {least:g}, that of {choices[-1]} bits for all of {len(components)} "
+            f"components, got {most:g}; ask for more"
+        )
+    left = total_distortion(components, [choices[0]] * len(components), curves) - most
+
+    def take(bits: float, saved: float) -> bool:
+        nonlocal left
+        needed = left > 0
+        left -= saved if needed else 0.0
+        return needed
+
+    return _steps(components, choices, curves, rate, take)
+
+
+def mean_rate(components: Sequence[Component], bits: Sequence[int], rate: Rate = _as_named) -> float:
+    """Bits an element, over all elements."""
+    stored = sum(rate(c, b) * c.elements for c, b in zip(components, bits, strict=True))
+    return stored / max(1, sum(c.elements for c in components))
+
+
+def _steps(
+    components: Sequence[Component],
+    choices: Sequence[int],
+    curves: Mapping[str, DistortionCurve],
+    rate: Rate,
+    take: Callable[[float, float], bool],
+) -> list[int]:
+    """The greedy: steps of one choice more, by what they save a stored bit, as long as `take` accepts them.
+
+    Args:
+        take: called with the stored bits of a step and the distortion that it saves; a component whose step it refuses
+            stays as it is.
+    """
     _checked(components)
     steps = [0] * len(components)
-    left = average * sum(c.elements for c in components) - choices[0] * sum(c.elements for c in components)
+
+    def cost(i: int) -> tuple[float, float]:
+        component, curve = components[i], curves[components[i].side]
+        low, high = choices[steps[i]], choices[steps[i] + 1]
+        bits = (rate(component, high) - rate(component, low)) * component.elements
+        return bits, component.weight * (curve.measured(low) - curve.measured(high))
 
     def gain(i: int) -> tuple[float, int]:
         """Negative saving per stored bit of the next step, and ties in the order of the components."""
-        component, curve = components[i], curves[components[i].side]
-        low, high = choices[steps[i]], choices[steps[i] + 1]
-        saved = component.weight * (curve.measured(low) - curve.measured(high))
-        return -saved / ((high - low) * component.elements), i
+        bits, saved = cost(i)
+        return -saved / bits, i
 
     queue = [gain(i) for i in range(len(components)) if len(choices) > 1]
     heapq.heapify(queue)
     while queue:
         _, i = heapq.heappop(queue)
-        cost = (choices[steps[i] + 1] - choices[steps[i]]) * components[i].elements
-        if cost > left + 1e-6:
-            continue  # a smaller component may still fit
-        left -= cost
+        if not take(*cost(i)):
+            continue
         steps[i] += 1
         if steps[i] + 1 < len(choices):
             heapq.heappush(queue, gain(i))
@@ -276,9 +393,7 @@ def allocate(
     Raises:
         AllocationError: for a family without a curve, and as `allocate_bits`.
     """
-    bits: dict[str, dict[int, tuple[int, ...]]] = {side: {} for side in budgets}
-    optimum: dict[str, dict[int, tuple[float, ...]]] = {side: {} for side in budgets}
-    equal = best = 0.0
+    parts = []
     pools = [tuple(budgets)] if len(set(budgets.values())) == 1 else [(side,) for side in budgets]
     for pool in pools:
         budget = budgets[pool[0]]
@@ -290,12 +405,29 @@ def allocate(
             )
         own = [component for component in components if component.side in pool]
         fits = {side: curves[budget.family, side] for side in pool}
-        whole = allocate_bits(own, budget.bits, budget.choices(), fits)
-        real = optimal_bits(own, budget.bits, fits)
-        equal += sum(c.weight * fits[c.side].at(budget.bits) for c in own)
+        parts.append((own, allocate_bits(own, budget.bits, budget.choices(), fits), budget.bits, fits))
+    return allocation_of({side: budget.family for side, budget in budgets.items()}, parts)
+
+
+Part = tuple[Sequence[Component], Sequence[int], float, Mapping[str, DistortionCurve]]
+
+
+def allocation_of(families: Mapping[str, str], parts: Sequence[Part]) -> Allocation:
+    """An `Allocation` of whole bits.
+
+    Args:
+        families: by side.
+        parts: components that share an average, their whole bits, the average, and curves by side.
+    """
+    bits: dict[str, dict[int, tuple[int, ...]]] = {side: {} for side in families}
+    optimum: dict[str, dict[int, tuple[float, ...]]] = {side: {} for side in families}
+    equal = best = 0.0
+    for own, whole, average, fits in parts:
+        real = optimal_bits(own, average, fits)
+        equal += sum(c.weight * fits[c.side].at(average) for c in own)
         best += sum(c.weight * fits[c.side].at(b) for c, b in zip(own, real, strict=True))
         for component, b, r in zip(own, whole, real, strict=True):
             side, layer = component.side, component.layer
             bits[side][layer] = (*bits[side].get(layer, ()), b)
             optimum[side][layer] = (*optimum[side].get(layer, ()), r)
-    return Allocation({side: budget.family for side, budget in budgets.items()}, bits, optimum, equal / best)
+    return Allocation(families, bits, optimum, equal / best)

@@ -38,7 +38,7 @@ from .prompt_cache import model_fingerprint
 from .standalone import fit_distortion_curve
 
 LEAST_TOKENS = 128  # of a sequence: the key frame takes 68
-_SCHEME = "tq4"  # its prefill chunk gives the key frames
+_CONFIG = KVQConfig(key="tq4", value="tq4")  # its prefill chunk gives the key frames
 
 Weights = Mapping[str, Mapping[int, tuple[float, ...]]]  # by side and layer, one a KV head
 
@@ -160,20 +160,59 @@ def calibrate(
         CalibrationError: for texts that are too short, or a model through which gradients do not pass.
         UnsupportedModelError: as `compress`.
     """
+    texts = list(texts) or [corpus_text(name) for name in CORPUS]
+    ids = calibration_sequences(tokenizer, texts, sequences, length)
+    return calibrate_on(
+        model,
+        ids,
+        sampled=len(texts),
+        corpus=hashlib.blake2b("\0".join(texts).encode(), digest_size=16).hexdigest(),
+        seed=seed,
+        source=source,
+        unknown_arch=unknown_arch,
+        progress=progress,
+    )
+
+
+def calibrate_on(
+    model: Any,
+    ids: Sequence[Sequence[int]],
+    *,
+    sampled: int,
+    corpus: str,
+    config: KVQConfig = _CONFIG,
+    families: Sequence[str] = (),
+    seed: int = 0,
+    source: str = "",
+    unknown_arch: str = "error",
+    progress: Progress = silent,
+) -> Calibration:
+    """`calibrate` on sequences of tokens, all of one length.
+
+    Args:
+        ids: the sequences.
+        sampled: distortion curves are measured on the first so many.
+        corpus: what the calibration says of their origin.
+        families: of codecs whose distortion is measured; all that are installed without any.
+        config: how many `sinks` and `recent` tokens are taken to stay dense, and which codecs give the key frames.
+        model, seed, source, unknown_arch, progress: as for `calibrate`.
+
+    Raises:
+        CalibrationError, UnsupportedModelError: as `calibrate`.
+    """
     from .loading import compress
     from .sensitivity import measure_sensitivities
 
-    texts = list(texts) or [corpus_text(name) for name in CORPUS]
-    ids = calibration_sequences(tokenizer, texts, sequences, length)
-    with compress(model, _SCHEME, unknown_arch=unknown_arch) as compression:
-        entries, config = compression.maker.plan(), compression.maker.config
+    with compress(model, config, unknown_arch=unknown_arch) as compression:
+        entries = compression.maker.plan()
         plans = [plan for plan in entries if plan.spec is not None]
         if not plans:
             raise CalibrationError("a model must have layers to compress for a calibration, got none; nothing to do")
         found = []
         progress("calibrating", 0, len(ids))
         for step, sequence in enumerate(ids):
-            found.append(measure_sensitivities(model, compression.maker(), plans, mx.array([sequence]), seed + step))
+            tokens = mx.array([list(sequence)])
+            found.append(measure_sensitivities(model, compression.maker(), plans, tokens, seed + step))
             progress("calibrating", step + 1, len(ids))
 
     def mean(kind: str, name: tuple[str, int]) -> tuple[float, ...]:
@@ -189,19 +228,19 @@ def calibrate(
         KEY: {plan.index: plan.geometry.key_dim for plan in plans},
         VALUE: {plan.index: plan.geometry.value_dim for plan in plans},
     }
-    samples = {name: [one[name].sample for one in found[: len(texts)]] for name in found[0]}
+    samples = {name: [one[name].sample for one in found[:sampled]] for name in found[0]}
     return Calibration(
         fingerprint=model_fingerprint(model, any_float=True),
         model=(Path(source).name if Path(source).is_dir() else source) or type(model).__module__,
         sensitivities=sensitivities,
         elements=dims,
         attention=tuple(entry.index for entry in entries if entry.geometry.kind in (FULL, SLIDING)),
-        curves=_curves(samples),
+        curves=_curves(samples, families or list_codecs()),
         sinks=config.sinks,
         recent=config.recent,
         sequences=len(ids),
-        length=length,
-        corpus=hashlib.blake2b("\0".join(texts).encode(), digest_size=16).hexdigest(),
+        length=len(ids[0]),
+        corpus=corpus,
     )
 
 
@@ -216,12 +255,14 @@ def check_weights(sensitivities: Mapping[str, Weights]) -> None:
             )
 
 
-def _curves(samples: Mapping[tuple[str, int], list[mx.array]]) -> dict[tuple[str, str], DistortionCurve]:
-    """Distortion curves of every installed family with two or more whole rates that can do the head sizes."""
+def _curves(
+    samples: Mapping[tuple[str, int], list[mx.array]], families: Sequence[str]
+) -> dict[tuple[str, str], DistortionCurve]:
+    """Distortion curves of the families with two or more whole rates that can do the head sizes."""
     curves: dict[tuple[str, str], DistortionCurve] = {}
     for side in SIDES:
         data = [x for (own, _), parts in sorted(samples.items()) if own == side for x in parts]
-        for family in list_codecs():
+        for family in families:
             rates = whole_bits(family)
             if len(rates) < 2 or (side == VALUE and not get_codec(f"{family}{rates[0]}").values):
                 continue

@@ -179,13 +179,18 @@ def push_calibration(
     return str(info.commit_url)
 
 
+def calibration_path(config: KVQConfig, source: str) -> Path | None:
+    """The calibration file that a scheme names, or that is next to the model; raises `CalibrationError`."""
+    named = config.calibration
+    return Path(named) if named.endswith(SUFFIX) else find_calibration(named or source)
+
+
 def calibration_for(model: Any, config: KVQConfig, source: str) -> Calibration:
     """The calibration that a scheme with average bits uses on a model; raises `CalibrationError`."""
     command = f"kvq calibrate {source or 'MODEL'}"
     if not Path(source or FILE_NAME).is_dir():
         command += f" --out {FILE_NAME} (and add calibration={FILE_NAME} to the scheme)"
-    named = config.calibration
-    path = Path(named) if named.endswith(SUFFIX) else find_calibration(named or source)
+    named, path = config.calibration, calibration_path(config, source)
     if path is None:
         where = f" in {named}" if named else f" next to {source}" if source else ""
         raise CalibrationError(

@@ -6,7 +6,18 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from .allocation import GRADIENT, KEY, SENSITIVITIES, VALUE, Budget
+from .allocation import (
+    AUTO_FAMILY,
+    GRADIENT,
+    GRANULARITIES,
+    KEY,
+    PER_LAYER,
+    SENSITIVITIES,
+    VALUE,
+    Budget,
+    Target,
+    whole_bits,
+)
 from .codecs import LEAST_SQUARES, NORM, UNBIASED, Codec, get_codec
 from .errors import CodecError, PluginError, SchemeError
 from .rotation import HADAMARD, ROTATIONS
@@ -30,7 +41,8 @@ class KVQConfig:
     Attributes:
         key, value: codec names (`tq4`, `rvq1`, `affine8`, `identity`, ...). `fp16` on one side means `identity`;
             on both sides it leaves every layer to mlx-lm. `tq@2.5` gives every layer and KV head a codec of the
-            family so that they have 2.5 bits on average (allocation.py), which takes a calibration.
+            family so that they have 2.5 bits on average (allocation.py), which takes a calibration. `auto@3.25` and
+            `auto:kl<=0.02`, on both sides alike, choose codecs for the layers by themselves (auto.py).
         frame: encode keys in the rotary frame (frame.py); ignored by exact key codecs.
         edges: the first and last N attention layers stay as mlx-lm makes them.
         sinks: first tokens kept dense.
@@ -44,6 +56,9 @@ class KVQConfig:
         sensitivity: what average bits are allocated by, one of `allocation.SENSITIVITIES`.
         scaling: of `tq` and `rvq` codecs. `matched`: scales keep the norms of keys and leave values unbiased;
             `least_squares`: they make the squared error least, which shrinks both.
+        family: of codecs that `auto` chooses from; any with several whole rates.
+        per: what gets bits of its own from `auto`, the keys or values of a `layer` or of every `head`, whose codecs
+            have no GPU kernels.
     """
 
     key: str = "tq4"
@@ -58,6 +73,8 @@ class KVQConfig:
     calibration: str = ""
     sensitivity: str = GRADIENT
     scaling: str = MATCHED
+    family: str = AUTO_FAMILY
+    per: str = PER_LAYER
 
     def __post_init__(self) -> None:
         if self.rotation not in ROTATIONS:
@@ -80,6 +97,7 @@ class KVQConfig:
                     )
         if self.sensitivity not in SENSITIVITIES:
             raise SchemeError(f"sensitivity must be one of {', '.join(SENSITIVITIES)}, got {self.sensitivity!r}")
+        self._check_target()
         path = self.calibration
         if not isinstance(path, str) or "," in path or path != path.strip():  # a scheme string must hold it
             raise SchemeError(f"calibration must be empty or a path without commas and outer spaces, got {path!r}")
@@ -92,17 +110,53 @@ class KVQConfig:
         if self.compress_after not in COMPRESS_AFTER:
             raise SchemeError(f"compress_after must be one of {COMPRESS_AFTER}, got {self.compress_after!r}")
 
+    def _check_target(self) -> None:
+        """That what goes with `auto` only goes with it, and the other way round; that its family has a choice."""
+        automatic = [Target.parse(name) is not None for name in (self.key, self.value)]
+        if self.per not in GRANULARITIES:
+            raise SchemeError(f"per must be one of {', '.join(GRANULARITIES)}, got {self.per!r}")
+        if any(automatic) and self.key != self.value:
+            raise SchemeError(
+                f"auto must be the scheme of keys and values together, got k={self.key},v={self.value}; write for "
+                'example "auto@3.25"'
+            )
+        if any(automatic) and self.sensitivity != GRADIENT:
+            raise SchemeError(
+                f"auto must go by gradients, which predict a KL divergence, got sensitivity={self.sensitivity}; drop it"
+            )
+        if not any(automatic) and (self.family, self.per) != (AUTO_FAMILY, PER_LAYER):
+            raise SchemeError(
+                f"family and per must go with auto, got family={self.family} and per={self.per} with k={self.key},"
+                f'v={self.value}; write for example "auto@3.25,family=tq"'
+            )
+
     def _codecs(self, name: str) -> list[Codec]:
         """The codecs that a side may use."""
         seed = self.seed if isinstance(self.seed, int) else 0
-        budget = Budget.parse(name)
-        names = [name] if budget is None else [budget.family + str(bits) for bits in budget.choices()]
+        budget, names = Budget.parse(name), [name]
+        if budget is not None:
+            names = [budget.family + str(bits) for bits in budget.choices()]
+        elif Target.parse(name) is not None:
+            rates = whole_bits(self.family)
+            if len(rates) < 2:
+                raise SchemeError(f"a family to choose from must have two or more whole rates, got {self.family!r}")
+            names = [f"{self.family}{bits}" for bits in rates]
         return [get_codec(name, seed, self.rotation) for name in names]
 
     @property
     def budgets(self) -> tuple[Budget | None, Budget | None]:
         """Average bits of keys and of values, for sides that have them."""
         return Budget.parse(self.key), Budget.parse(self.value)
+
+    @property
+    def target(self) -> Target | None:
+        """What an `auto` scheme is to meet."""
+        return Target.parse(self.key)
+
+    @property
+    def allocated(self) -> bool:
+        """Whether layers get codecs of their own from an allocation, so that no codec is named."""
+        return self.target is not None or any(budget is not None for budget in self.budgets)
 
     @property
     def compresses(self) -> bool:

@@ -117,11 +117,14 @@ def make_contender(model: Any, name: str, unknown_arch: str = "error", source: s
     affine = affine_bits(name)
     with compress(model, FP16 if affine else name, unknown_arch=unknown_arch, source=source) as compression:
         plans, caches = compression.maker.plan(), make_prompt_cache(model)
+        choice = compression.maker.choice
     layouts = tuple(layer_layout(plan.geometry, cache) for plan, cache in zip(plans, caches, strict=True))
     layers = [(plan, cache) for plan, cache in zip(plans, caches, strict=True) if plan.geometry.kv_heads]
     if affine is None:
         sides = [_codec_bits(plan, cache) for plan, cache in layers]
         note = _left([plan.reason for plan, _ in layers if plan.spec is None], len(layers)) if name != FP16 else ""
+        chosen = "" if choice is None else choice.summary()
+        note = "; ".join(text for text in (chosen, note) if text)
         return Contender(name, _average(layers, sides), note, caches, layouts)
     dims = [dim for plan, cache in layers if type(cache) is KVCache for dim in _dims(plan)]
     group = next((size for size in AFFINE_GROUPS if all(dim % size == 0 for dim in dims)), None)

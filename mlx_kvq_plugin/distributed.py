@@ -122,7 +122,7 @@ def sharded_load(
         UnsupportedModelError: when the heads cannot be shared out evenly, and as `compress`.
     """
     scheme = parse_scheme(kv_scheme)  # a wrong scheme fails before the weights are read
-    if any(scheme.budgets):
+    if scheme.allocated:
         raise UnsupportedModelError(
             f"a model over several ranks must have a scheme of whole bits, got {kv_scheme!r}: a calibration is of a "
             "whole model; name a codec instead"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,7 +13,7 @@ import mlx_lm
 from mlx_lm.models import cache as mlx_cache
 
 from .adapters import FULL, GENERIC, REFUSED, SLIDING, Adapter, LayerGeometry, load_adapter, model_type_of
-from .allocation import KEY, VALUE, Allocation
+from .allocation import KEY, VALUE, Allocation, whole_bits
 from .cache import KVQCache
 from .config import KVQConfig, LayerSpec
 from .errors import UnsupportedModelError
@@ -20,6 +21,11 @@ from .rotary import Rotary, read_rotary
 from .routing import Globals, acquire, attention_globals, release
 from .schemes import format_scheme, parse_scheme
 from .sliding import SlidingKVQCache, smallest_window
+
+if TYPE_CHECKING:
+    from .auto import AutoChoice
+
+log = logging.getLogger("mlx_kvq_plugin")
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,8 @@ def plan_layers(
 ) -> list[LayerPlan]:
     """What `config` does to each cache entry of `model`: pure, nothing is changed.
 
-    Average bits take an `allocation`; without one the codecs of such a scheme are those of the nearest whole bits.
+    Average and automatic bits take an `allocation`; without one the codecs of such a scheme are those of the nearest
+    whole bits, or some of the family that is chosen from.
     """
     stock = stock_caches(model)
     layers = adapter.geometry(model)
@@ -129,6 +136,9 @@ def _plan_layer(
 
 def _allocated(config: KVQConfig, allocation: Allocation | None, side: str, index: int) -> str:
     """The codec that an average gives to a layer's side; "" for a side without average bits."""
+    if config.target is not None:
+        rates = whole_bits(config.family)
+        return allocation.codec(side, index) if allocation else f"{config.family}{rates[len(rates) // 2]}"
     budget = dict(zip((KEY, VALUE), config.budgets, strict=True))[side]
     if budget is None:
         return ""
@@ -147,9 +157,11 @@ class CacheMaker:
         adapter: Adapter,
         source: str = "",
         allocation: Allocation | None = None,
+        choice: AutoChoice | None = None,
     ):
         self.model, self.config, self.adapter, self.source = model, config, adapter, source
         self.allocation = allocation
+        self.choice = choice  # of an `auto` scheme
         self.original = getattr(model, "make_cache", None)
 
     @property
@@ -267,7 +279,9 @@ def compress(
         UnsupportedModelError: an architecture that cannot be compressed.
         PluginError: a broken plugin.
         CodecError: a codec that cannot do the model's head sizes.
-        CalibrationError: average bits without a calibration of this model.
+        CalibrationError: average bits without a calibration of this model; `auto` on a model that writes no texts by
+            itself, or through which gradients do not pass.
+        AllocationError: bits or a KL divergence that `auto` cannot meet on this model.
     """
     config = parse_scheme(kv_scheme)
     if compression_of(model) is not None:
@@ -287,7 +301,7 @@ def compress(
 
 
 def _attach(model: Any, config: KVQConfig, adapter: Adapter, source: str = "") -> Compression:
-    maker = CacheMaker(model, config, adapter, source, _allocation(model, config, adapter, source))
+    maker = CacheMaker(model, config, adapter, source, *_allocation(model, config, adapter, source))
     plans = maker.plan()
     modules: list[Globals] = []
     swapped: list[tuple[Any, type[nn.Module]]] = []
@@ -308,14 +322,24 @@ def _attach(model: Any, config: KVQConfig, adapter: Adapter, source: str = "") -
     return Compression(model, maker, modules, swapped, replaced)
 
 
-def _allocation(model: Any, config: KVQConfig, adapter: Adapter, source: str) -> Allocation | None:
-    """The allocation of a scheme with average bits over the layers that it compresses."""
-    if not any(config.budgets):
-        return None
-    from .calibration_files import calibration_for
-
+def _allocation(
+    model: Any, config: KVQConfig, adapter: Adapter, source: str
+) -> tuple[Allocation | None, AutoChoice | None]:
+    """The allocation of a scheme over the layers that it compresses, and why an `auto` scheme chose it."""
+    if not config.allocated:
+        return None, None
     layers = [plan.index for plan in plan_layers(model, config, adapter) if plan.spec is not None]
-    return calibration_for(model, config, source).allocate(config, layers) if layers else None
+    if not layers:
+        return None, None
+    if config.target is None:
+        from .calibration_files import calibration_for
+
+        return calibration_for(model, config, source).allocate(config, layers), None
+    from .auto import choose_for
+
+    allocation, choice = choose_for(model, config, layers, source, "generic" if adapter is GENERIC else "error")
+    log.info("kvq: %s", choice)
+    return allocation, choice
 
 
 def _check_generic(model: Any) -> None:

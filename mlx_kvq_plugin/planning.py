@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from .adapters import GENERIC, REFUSED, Adapter, load_adapter, model_type_of
-from .allocation import KEY, SIDES, Allocation, Component, DistortionCurve, allocate
+from .allocation import KEY, SIDES, Allocation, Component, allocate, plain_curve
+from .auto import AutoChoice, even_choice
 from .codecs import Codec
 from .codecs.per_head import PerHead
 from .config import KVQConfig
-from .errors import CodecError, UnsupportedModelError
+from .errors import AllocationError, CodecError, UnsupportedModelError
 from .layouts import STEPS, Layout, layer_layout, layouts_nbytes
 from .loading import CacheMaker, LayerPlan, plan_layers
 from .schemes import format_scheme
@@ -26,12 +27,14 @@ class SchemePlan:
         layers: what is done to each cache entry.
         layouts: of each entry's cache; `None` where it has no keys and values.
         error: why the scheme is not possible.
+        choice: what an `auto` scheme chose, on a model with weights.
     """
 
     scheme: str
     layers: tuple[LayerPlan, ...]
     layouts: tuple[Layout | None, ...] = ()
     error: str = ""
+    choice: AutoChoice | None = None
 
     @property
     def uncounted(self) -> int:
@@ -59,7 +62,7 @@ def plan_caches(maker: CacheMaker, itemsize: int = 2) -> SchemePlan:
     """
     layers, caches = maker.plan(), maker()
     layouts = [layer_layout(layer.geometry, cache, itemsize) for layer, cache in zip(layers, caches, strict=True)]
-    return SchemePlan(maker.scheme, tuple(layers), tuple(layouts))
+    return SchemePlan(maker.scheme, tuple(layers), tuple(layouts), choice=maker.choice)
 
 
 def head_bits(plan: LayerPlan) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -85,17 +88,18 @@ def plan_scheme(model: Any, config: KVQConfig, adapter: Adapter, itemsize: int =
     """The plan of a scheme on a model, which is not changed; a head size that a codec cannot do is its `error`.
 
     Average bits are spread evenly: which heads get more is for a calibration to say, how many bits there are is not.
+    How many bits a KL divergence takes is: such a scheme is an `error` here.
     """
     try:
         allocation = _even_allocation(config, plan_layers(model, config, adapter))
         return plan_caches(CacheMaker(model, config, adapter, allocation=allocation), itemsize)
-    except CodecError as error:
+    except (CodecError, AllocationError) as error:
         return SchemePlan(format_scheme(config), (), (), str(error))
 
 
 def _even_allocation(config: KVQConfig, layers: Sequence[LayerPlan]) -> Allocation | None:
     budgets = {side: budget for side, budget in zip(SIDES, config.budgets, strict=True) if budget is not None}
-    if not budgets:
+    if not config.allocated:
         return None
     compressed = [layer for layer in layers if layer.spec is not None]
     components = [
@@ -105,11 +109,12 @@ def _even_allocation(config: KVQConfig, layers: Sequence[LayerPlan]) -> Allocati
         for layer in compressed  # innermost: equal weights get their bits in this order
         if head < layer.geometry.kv_heads
     ]
-    curves = {
-        (budget.family, side): DistortionCurve(budget.choices(), tuple(4.0**-b for b in budget.choices()), 1.0, 4.0)
-        for side, budget in budgets.items()
-    }
-    return allocate(components, budgets, curves) if components else None
+    if not components:
+        return None
+    if config.target is not None:
+        return even_choice(config, components)
+    curves = {(budget.family, side): plain_curve(budget.choices()) for side, budget in budgets.items()}
+    return allocate(components, budgets, curves)
 
 
 def adapter_of(model: Any, unknown_arch: str = "error") -> Adapter:

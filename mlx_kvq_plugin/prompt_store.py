@@ -87,9 +87,11 @@ class StoredPrompt:
 
 
 def group_of(model: Any) -> str:
-    """The part of file names that stands for a model's weights and its scheme; reads 64 values of each parameter."""
+    """The part of file names that stands for a model and what is done to its layers; reads 64 values a parameter."""
     maker = compression_of(model)
     text = f"{model_fingerprint(model)} {maker.scheme if maker else 'fp16'}"
+    if maker is not None and maker.choice is not None:  # the same scheme chooses otherwise by another calibration
+        text += " ".join(f" {layer.key} {layer.value}" for layer in maker.choice.layers)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

@@ -35,7 +35,7 @@ class SchemeResult:
     Attributes:
         scheme: its name.
         error: why the model cannot do it; then everything else is empty.
-        note: what is left to mlx-lm, if anything.
+        note: what an `auto` scheme chose, and what is left to mlx-lm, if anything.
         bits: per element of packed keys and values in 16-bit models, everything that is stored with them counted;
             the average of all layers with keys and values, where those left to mlx-lm have 16.
         nbytes: bytes that the caches of all texts really hold at the end, slack and statistics counted.
@@ -233,5 +233,5 @@ def _fidelity_cells(found: Fidelity, greedy: str) -> list[str]:
 
 
 def remarks(rows: Sequence[SchemeResult]) -> list[str]:
-    """A line for every scheme that cannot be done, or that leaves layers as they are."""
+    """A line for every scheme that cannot be done, chooses by itself, or leaves layers as they are."""
     return [f"{row.scheme}: {row.error or row.note}" for row in rows if row.error or row.note]

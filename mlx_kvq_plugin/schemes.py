@@ -1,10 +1,10 @@
-"""Scheme strings: `tq4`, `rvq1,edges=2,sinks=4,recent=64`, `k=tq4,v=tq2`, `turbo4v2`, `tq@2.5`, `fp16`.
+"""Scheme strings: `tq4`, `rvq1,edges=2,sinks=4,recent=64`, `k=tq4,v=tq2`, `turbo4v2`, `tq@2.5`, `auto@3.25`, `fp16`.
 
 Grammar: comma-separated parts; a part without `=` names the codec of both sides, or a codec for keys whose `partner`
 stores the values, or a named scheme; `k=` and `v=` name one side each; `outliers=N` gives `tq` codecs outlier channels;
 the rest set fields of `KVQConfig`: `frame=on|off`, `edges=N`, `sinks=N`, `recent=N`, `compress_after=chunk|prefill`,
-`seed=N`, `rotation=NAME`, `calibration=FILE`, `sensitivity=gradient|activation`, `scaling=matched|least_squares`. Every
-part at most once.
+`seed=N`, `rotation=NAME`, `calibration=FILE`, `sensitivity=gradient|activation`, `scaling=matched|least_squares`, and
+for `auto@3.25` or `auto:kl<=0.02` `family=NAME` and `per=layer|head`. Every part at most once.
 
 Named schemes are found through entry points, group `mlx_kvq_plugin.schemes`: mappings from names to scheme strings.
 Parts beside a named scheme win over its own: `turbo4v2,v=tq3` is `k=grouped4,v=tq3`.
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .allocation import Budget
+from .allocation import AUTO, Budget, Target
 from .codecs import GROUP as CODECS
 from .codecs import get_codec, list_codecs
 from .config import FP16, KVQConfig
@@ -24,9 +24,10 @@ from .errors import CodecError, PluginError, SchemeError
 from .plugins import load_plugin, plugin_names
 
 GROUP = "mlx_kvq_plugin.schemes"
-_TEXTS = ("compress_after", "rotation", "calibration", "sensitivity", "scaling")
+_TEXTS = ("compress_after", "rotation", "calibration", "sensitivity", "scaling", "family", "per")
 _INTS = ("edges", "sinks", "recent", "seed")
 _BOTH = "codec="  # no name before a "=" holds one
+_BOUND = f"{AUTO}:"  # has an equals sign of its own
 _EXAMPLE = 'write for example "tq4", "rvq1,edges=2,recent=64" or "k=tq4,v=tq2"'
 
 
@@ -64,7 +65,7 @@ def _named(name: str) -> str:
 
 def _partner(name: str) -> str:
     """The value codec of a scheme that names one codec."""
-    if name == FP16 or Budget.parse(name) is not None:
+    if name == FP16 or Budget.parse(name) is not None or Target.parse(name) is not None:
         return name
     try:
         return get_codec(name).partner
@@ -110,7 +111,7 @@ def parse_scheme(scheme: str | KVQConfig) -> KVQConfig:
 def _parts_of(scheme: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for part in scheme.split(","):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
+        name, equals, value = split_part(part)
         if not equals:
             name, value = _BOTH, name
         if not value:
@@ -119,6 +120,14 @@ def _parts_of(scheme: str) -> dict[str, str]:
             raise SchemeError(f"every part of a scheme must be given once, got {name} twice in {scheme!r}")
         found[name] = value
     return found
+
+
+def split_part(part: str) -> tuple[str, str, str]:
+    """Name, equals sign and value of a part of a scheme; a part that names a codec has its name only."""
+    if part.strip().startswith(_BOUND):
+        return part.strip(), "", ""
+    name, equals, value = (piece.strip() for piece in part.partition("="))
+    return name, equals, value
 
 
 def format_scheme(config: KVQConfig) -> str:

@@ -83,7 +83,7 @@ class CompressedKV:
             SchemeError: for schemes and windows that leave nothing to pack.
         """
         self.config = parse_scheme(kv_scheme)
-        if any(self.config.budgets) or not self.config.compresses or self.config.edges:
+        if self.config.allocated or not self.config.compresses or self.config.edges:
             raise SchemeError(
                 f"a cache of one layer must have a scheme with codecs of its own, got {kv_scheme!r}; name them, "
                 'for example "tq4"'

@@ -9,6 +9,7 @@ from typing import Any
 from .arguments import add_command
 
 SHELLS = ("bash", "zsh", "fish")
+AUTO_EXAMPLES = ("auto@2.25", "auto@3.25", "auto@4.25")
 
 EXAMPLES = """  source <(kvq completion bash)                       # for this shell
   kvq completion bash > ~/.local/share/bash-completion/completions/kvq
@@ -34,7 +35,8 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
 
     from ..schemes import list_schemes
 
-    schemes = shtab.cmd(f"printf '%s\\n' {' '.join(row.name for row in list_schemes(128))}")
+    names = [row.name for row in list_schemes(128)] + list(AUTO_EXAMPLES)
+    schemes = shtab.cmd(f"printf '%s\\n' {' '.join(names)}")
     completions: dict[Any, Any] = {
         "SCHEME": schemes,
         "FILE": shtab.FILE,

@@ -23,7 +23,7 @@ from ..progress import Progress, silent
 from ..prompt_cache import PromptCacheInfo, load_prompt_cache, read_prompt_cache_info, save_prompt_cache
 from ..schemes import format_scheme, parse_scheme
 from ..sliding import allow_speculation
-from .arguments import DEFAULT_SCHEME, UsageError, input_file, one_line
+from .arguments import DEFAULT_SCHEME, UsageError, input_file, note, one_line
 from .models import DEFAULT_MODEL, LoadedModel, load_model
 
 Messages = list[dict[str, str]]
@@ -229,7 +229,10 @@ def compressed_model(options: argparse.Namespace, file: str | None = None) -> It
     scheme = _scheme(options.kv_scheme, info)  # a wrong scheme fails before the weights are read
     name = options.model or (info.model if info else "") or DEFAULT_MODEL
     loaded = load_model(name, float32_like(options.float32, info))
-    with compress(loaded.model, scheme, unknown_arch=options.unknown_arch, source=loaded.source):
+    with compress(loaded.model, scheme, unknown_arch=options.unknown_arch, source=loaded.source) as compression:
+        choice = compression.maker.choice
+        if choice is not None:
+            note(f"kvq: {choice.scheme}: {choice.summary()}")
         yield loaded
 
 

@@ -17,6 +17,7 @@ from ..plots import plot_frontier, require_matplotlib
 from ..progress import progress_bar
 from ..results import Measurement, SchemeResult, machine, pareto_front, remarks, table
 from ..ruler import all_schemes, check_scheme, head_dim, measure
+from ..schemes import split_part
 from .arguments import (
     MODEL_HELP,
     UsageError,
@@ -58,8 +59,8 @@ def split_schemes(values: Sequence[str]) -> list[str]:
 
 def _codec_of(part: str) -> str:
     """Which side a part of a scheme names a codec for: `both`, `k`, `v` or ""."""
-    name, equals, _ = part.partition("=")
-    return "both" if not equals else name.strip() if name.strip() in ("k", "v") else ""
+    name, equals, _ = split_part(part)
+    return "both" if not equals else name if name in ("k", "v") else ""
 
 
 def read_texts(files: Sequence[str]) -> dict[str, str]:

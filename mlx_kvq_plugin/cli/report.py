@@ -50,7 +50,7 @@ def _schemes(options: argparse.Namespace, found: Path | None) -> list[str]:
 
 
 def _calibrated(config: KVQConfig, path: str | None) -> KVQConfig:
-    if path is None or config.calibration or not any(config.budgets):
+    if path is None or config.calibration or not config.allocated:
         return config
     return replace(config, calibration=path)
 
@@ -67,7 +67,7 @@ def _calibration(options: argparse.Namespace) -> Path | None:
 
 def _used(schemes: Sequence[str], found: Path | None) -> str:
     """The calibrations of the schemes with average bits."""
-    configs = [config for config in map(parse_scheme, schemes) if any(config.budgets)]
+    configs = [config for config in map(parse_scheme, schemes) if config.allocated]
     return ", ".join(dict.fromkeys(config.calibration or str(found or "") for config in configs))
 
 

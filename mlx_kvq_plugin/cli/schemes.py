@@ -12,7 +12,7 @@ from typing import Any
 
 from ..adapters import LayerGeometry
 from ..config import FP16, KVQConfig
-from ..errors import CodecError
+from ..errors import AllocationError, CodecError
 from ..layouts import STEPS
 from ..loading import LayerPlan, compress
 from ..planning import SchemePlan, plan_caches
@@ -34,6 +34,13 @@ _MODIFIERS = {
     "seed=N": "of the rotations' signs",
     "calibration=PATH": "file, folder or repository for average bits (tq@2.5), if it is not next to the model",
     "sensitivity=gradient|activation": "what average bits are allocated by",
+    "family=NAME": "codecs that auto chooses from",
+    "per=layer|head": "what auto gives bits of its own",
+}
+_ALLOCATED = {
+    "auto@3.25": "codecs chosen for each layer, at these all-in bits",
+    '"auto:kl<=0.02"': "the fewest bits with this predicted KL divergence, nats a token",
+    "tq@2.5": "average bits of codes over KV heads; takes kvq calibrate",
 }
 DEFAULT_SCHEMES = ("tq4", "rvq1")
 DEFAULT_CONTEXTS = (1024, 8192, 32768, 131072)
@@ -56,6 +63,8 @@ def _run_schemes(options: argparse.Namespace) -> int:
         rate = f"{'-':>12s} {'-':>7s}" if row.bits is None else f"{row.bits:12.3f} {row.ratio:6.2f}x"
         print(f"{row.name:10s} {rate}   {row.note}".rstrip())
     config = KVQConfig()
+    for text, about in _ALLOCATED.items():
+        print(f"{text:26s} {about}")
     print(
         f"\nThese are the rates of packed tokens; on top come the tokens kept dense (sinks={config.sinks} first and "
         f"recent={config.recent} last ones)\nand some statistics per layer: kvq inspect MODEL adds it up.\n\n"
@@ -70,7 +79,7 @@ def _plan(model: Any, scheme: str, unknown_arch: str, source: str) -> SchemePlan
     try:
         with compress(model, scheme, unknown_arch=unknown_arch, source=source) as compression:
             return plan_caches(compression.maker)
-    except CodecError as error:  # a head size that the codec cannot do
+    except (CodecError, AllocationError) as error:  # a head size, bits or a divergence that codecs cannot do
         return SchemePlan(scheme, (), error=str(error))
 
 
@@ -148,6 +157,11 @@ def _ranges(plans: Sequence[LayerPlan]) -> list[str]:
     return lines
 
 
+def _kept(plans: Sequence[LayerPlan]) -> list[str]:
+    """What an `auto` scheme's choice does not say: layers that stay as they are, and remarks."""
+    return [line for plan in plans if plan.reason or plan.spec is None for line in _ranges([plan])]
+
+
 def _run_inspect(options: argparse.Namespace) -> int:
     if options.allocation is not None:
         return run_allocation(options)
@@ -159,8 +173,10 @@ def _run_inspect(options: argparse.Namespace) -> int:
         return run_live(options)
     if options.prompt is not None:
         raise UsageError("--prompt must go with --live, got it alone; add --live or leave it out")
-    schemes = [format_scheme(parse_scheme(scheme)) for scheme in options.kv_scheme or DEFAULT_SCHEMES]
-    loaded = load_model(options.model, False, lazy=True)
+    configs = [parse_scheme(scheme) for scheme in options.kv_scheme or DEFAULT_SCHEMES]
+    schemes = [format_scheme(config) for config in configs]
+    runs = any(config.target is not None for config in configs)  # to see what needs bits
+    loaded = load_model(options.model, None if runs else False, lazy=True)
     if options.kernels:
         return run_kernels(options, loaded.model, loaded.source, list(dict.fromkeys(schemes)))
     plans = [
@@ -188,7 +204,9 @@ def _run_inspect(options: argparse.Namespace) -> int:
     _print_layers(layers)
     for plan in plans[1:]:
         print(f"\nscheme {plan.scheme}" + (f": not possible, {plan.error}" if plan.error else ""))
-        for line in _ranges(plan.layers):
+        if plan.choice is not None:
+            print("\n".join(f"  {line}" for line in plan.choice.lines()))
+        for line in _ranges(plan.layers) if plan.choice is None else _kept(plan.layers):
             print(f"  {line}")
     _print_memory(plans, options.contexts)
     return 0
@@ -201,6 +219,7 @@ def _scheme_facts(plan: SchemePlan, contexts: Sequence[int]) -> dict[str, Any]:
         "layers": [
             {"index": p.index, "applied": p.spec.label if p.spec else None, "reason": p.reason} for p in plan.layers
         ],
+        **({"choice": plan.choice.to_dict()} if plan.choice is not None else {}),
         "nbytes": {str(tokens): plan.nbytes(tokens) for tokens in contexts} if not plan.error else {},
     }
 
@@ -254,7 +273,7 @@ def add_commands(commands: Any) -> None:
         "inspect",
         _run_inspect,
         "Show a model's layers, what schemes do to each, and the memory of its KV cache. Weights are not read, but for "
-        "--live, which runs the model.",
+        "--live and for auto schemes, which run the model.",
         "  kvq inspect demo:gemma3 --kernels\n"
         "  kvq inspect demo:smollm2 --live --kv-scheme rvq1 --prompt @text.txt\n"
         "  kvq inspect ./model --kv-scheme rvq1 --kv-scheme tq4,edges=2 --contexts 4096 65536 --json\n"

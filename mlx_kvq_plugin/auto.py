@@ -1,0 +1,276 @@
+"""Automatic allocation: which codecs each layer gets for `auto@3.25` or `auto:kl<=0.02`, and why.
+
+What is known of a model comes from its calibration, or else from one on texts that the model itself writes
+(self_calibration.py). The expected squared gradient is the Fisher information, so half of weight times relative error,
+summed over all components, is the KL divergence that errors cost, to second order: the quantity that is made least, and
+that a bound is a bound on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import groupby
+from typing import Any
+
+from .allocation import (
+    GRADIENT,
+    KEY,
+    PER_LAYER,
+    SIDES,
+    VALUE,
+    Allocation,
+    Component,
+    DistortionCurve,
+    Rate,
+    allocate_bits,
+    allocation_of,
+    least_bits,
+    mean_rate,
+    plain_curve,
+    total_distortion,
+    whole_bits,
+)
+from .calibration import Calibration
+from .config import KVQConfig
+from .errors import AllocationError
+from .schemes import format_scheme
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """What one layer got.
+
+    Attributes:
+        index: cache entry.
+        key, value: codecs.
+        key_kl, value_kl: the part of the predicted KL divergence that its keys and its values cost, nats a token.
+        key_need, value_need: the same if the layer had the average bits, over that of the average layer's side: above 1
+            it gets more bits than others.
+    """
+
+    index: int
+    key: str
+    value: str
+    key_kl: float
+    value_kl: float
+    key_need: float
+    value_need: float
+
+
+@dataclass(frozen=True)
+class AutoChoice:
+    """What an `auto` scheme chose for a model, and what it went by.
+
+    Attributes:
+        scheme: as a string.
+        basis: where the sensitivities are from, in words.
+        bits: stored bits an element, all-in, over keys and values of the compressed layers.
+        key_bits, value_bits: the same of either side.
+        kl: the predicted KL divergence, nats a token, to second order, of contexts as long as those measured on.
+        even_kl: that of the same bits for all layers and both sides; between whole bits by exponential interpolation.
+        layers: of the compressed layers.
+        sinks, recent, edges: as the scheme has them.
+    """
+
+    scheme: str
+    basis: str
+    bits: float
+    key_bits: float
+    value_bits: float
+    kl: float
+    even_kl: float
+    layers: tuple[LayerChoice, ...]
+    sinks: int
+    recent: int
+    edges: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """One line."""
+        return (
+            f"{self.bits:.3f} bits an element (keys {self.key_bits:.3f}, values {self.value_bits:.3f}), predicted KL "
+            f"{self.kl:.4f} ({self.even_kl:.4f} with the same bits everywhere), by {self.basis}"
+        )
+
+    def lines(self) -> list[str]:
+        """All that was chosen: the summary, what stays dense, and layers, those in a row with equal codecs together."""
+        rows = [("layers", "keys", "values", "need of keys", "of values", "predicted KL")]
+        for (key, value), group in groupby(self.layers, lambda layer: (layer.key, layer.value)):
+            layers = list(group)
+            first, last = layers[0].index, layers[-1].index
+            needs = [_span([getattr(layer, name) for layer in layers]) for name in ("key_need", "value_need")]
+            kl = sum(layer.key_kl + layer.value_kl for layer in layers)
+            rows.append((f"{first}-{last}" if last > first else f"{first}", key, value, *needs, f"{kl:.5f}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return [
+            self.summary(),
+            f"dense: {self.sinks} first and {self.recent} last tokens, and {self.edges} layers at both ends",
+            *("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows),
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.scheme}:", *self.lines()])
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return low if low == high else f"{low}-{high}"
+
+
+def choose(
+    calibration: Calibration, config: KVQConfig, layers: Sequence[int], basis: str
+) -> tuple[Allocation, AutoChoice]:
+    """Codecs for the compressed layers of a model.
+
+    Args:
+        calibration: of the model.
+        config: with a `target`.
+        layers: cache entries that the scheme compresses, at least one.
+        basis: what the choice says it went by.
+
+    Raises:
+        AllocationError: for bits or a KL divergence that the family's codecs cannot meet on this model.
+        CalibrationError: for layers that were not calibrated.
+    """
+    curves, heads = _curves(calibration, config), calibration.components(GRADIENT, layers)
+    bits, average = chosen_bits(config, heads, curves)
+    allocation = allocation_of(dict.fromkeys(SIDES, config.family), [(heads, bits, average, curves)])
+    rate = rate_of(config, heads)
+    even = _kl(heads, [average] * len(heads), curves)
+
+    def part(side: str, layer: int | None = None) -> tuple[list[Component], list[int]]:
+        """The components, and their bits, of a side, in one layer or in all."""
+        found = [i for i, c in enumerate(heads) if c.side == side and layer in (None, c.layer)]
+        return [heads[i] for i in found], [bits[i] for i in found]
+
+    def costs(side: str, layer: int) -> tuple[float, float]:
+        own, given = part(side, layer)
+        return _kl(own, given, curves), _kl(own, [average] * len(own), curves) / even * 2 * len(layers)
+
+    chosen = []
+    for layer in layers:
+        (key_kl, key_need), (value_kl, value_need) = costs(KEY, layer), costs(VALUE, layer)
+        codecs = allocation.codec(KEY, layer), allocation.codec(VALUE, layer)
+        chosen.append(LayerChoice(layer, *codecs, key_kl, value_kl, key_need, value_need))
+    choice = AutoChoice(
+        scheme=format_scheme(config),
+        basis=basis,
+        bits=mean_rate(heads, bits, rate),
+        key_bits=mean_rate(*part(KEY), rate),
+        value_bits=mean_rate(*part(VALUE), rate),
+        kl=_kl(heads, bits, curves),
+        even_kl=even,
+        layers=tuple(chosen),
+        sinks=config.sinks,
+        recent=config.recent,
+        edges=config.edges,
+    )
+    return allocation, choice
+
+
+def chosen_bits(
+    config: KVQConfig, heads: Sequence[Component], curves: Mapping[str, DistortionCurve]
+) -> tuple[list[int], float]:
+    """Whole bits of every KV head that meet the scheme's target, and their average without scales.
+
+    Raises:
+        AllocationError: for a target that cannot be met.
+    """
+    target, choices, rate = config.target, whole_bits(config.family), rate_of(config, heads)
+    assert target is not None
+    components = _by_layer(heads) if config.per == PER_LAYER else list(heads)
+    if target.bits is not None:
+        low, high = (mean_rate(components, [end] * len(components), rate) for end in (choices[0], choices[-1]))
+        if not low - 1e-9 <= target.bits <= high + 1e-9:
+            raise AllocationError(
+                f"automatic bits of {config.family} must be in {low:g} to {high:g} on this model, all-in, got "
+                f"{target.bits:g}; choose another average or family"
+            )
+        whole = allocate_bits(components, target.bits, choices, curves, rate)
+    else:
+        assert target.kl is not None
+        least = _kl(components, [choices[-1]] * len(components), curves)
+        if least > target.kl:
+            raise AllocationError(
+                f"a KL divergence must be at least {least:.2g} nats a token, what {config.family}{choices[-1]} is "
+                f"predicted to cost on this model, got {target.kl:g}; allow more or choose another family"
+            )
+        whole = least_bits(components, 2 * target.kl, choices, curves, rate)
+    given = {(c.layer, c.side, c.head): b for c, b in zip(components, whole, strict=True)}
+    bits = [given[c.layer, c.side, 0 if config.per == PER_LAYER else c.head] for c in heads]
+    return bits, mean_rate(heads, bits)
+
+
+def even_choice(config: KVQConfig, heads: Sequence[Component]) -> Allocation:
+    """The allocation of a bits target where nothing is known of the model: equal needs; raises `AllocationError`."""
+    target = config.target
+    assert target is not None
+    if target.kl is not None:
+        raise AllocationError(
+            f"bytes of a scheme with a bound on the KL divergence must be asked of a model with its weights, got "
+            f"{format_scheme(config)} without; use kvq inspect, or plan with auto@BITS"
+        )
+    curves = dict.fromkeys(SIDES, plain_curve(whole_bits(config.family)))
+    bits, average = chosen_bits(config, heads, curves)
+    return allocation_of(dict.fromkeys(SIDES, config.family), [(heads, bits, average, curves)])
+
+
+def rate_of(config: KVQConfig, heads: Sequence[Component]) -> Rate:
+    """Stored bits an element, all-in, that a choice of bits takes; of KV heads, or of layers made of them."""
+    dims = {(c.side, c.layer): c.elements for c in heads}
+
+    @cache
+    def stored(side: str, dim: int, bits: int) -> float:
+        name = f"{config.family}{bits}"
+        return config.layer_spec(name, name).bits_per_element(dim, dim)[SIDES.index(side)]
+
+    return lambda component, bits: stored(component.side, dims[component.side, component.layer], bits)
+
+
+def _kl(components: Sequence[Component], bits: Sequence[float], curves: Mapping[str, DistortionCurve]) -> float:
+    """Predicted KL divergence, nats a token."""
+    return 0.5 * total_distortion(components, bits, curves)
+
+
+def choose_for(
+    model: Any, config: KVQConfig, layers: Sequence[int], source: str, unknown_arch: str = "error"
+) -> tuple[Allocation, AutoChoice]:
+    """`choose` by the model's calibration, or by texts that it writes itself where there is none.
+
+    Raises:
+        AllocationError: as `choose`.
+        CalibrationError: for a calibration of other weights or layers, and as `self_calibration`.
+    """
+    from .calibration_files import calibration_for, calibration_path
+    from .self_calibration import self_calibration
+
+    path = calibration_path(config, source)
+    if path is None and not config.calibration:
+        calibration = self_calibration(model, config, source, unknown_arch)
+        return choose(calibration, config, layers, calibration.corpus)
+    calibration = calibration_for(model, config, source)
+    return choose(calibration, config, layers, f"gradients of the calibration {path.name if path else ''}")
+
+
+def _curves(calibration: Calibration, config: KVQConfig) -> Mapping[str, DistortionCurve]:
+    missing = [side for side in SIDES if (config.family, side) not in calibration.curves]
+    if missing:
+        raise AllocationError(
+            f"a calibration must have the distortion of {config.family} for {' and '.join(missing)}, got none; "
+            "calibrate again with this codec installed, or choose another family"
+        )
+    return {side: calibration.curves[config.family, side] for side in SIDES}
+
+
+def _by_layer(heads: Sequence[Component]) -> list[Component]:
+    """One component for all KV heads of a layer's side."""
+    found: dict[tuple[int, str], Component] = {}
+    for c in heads:
+        known = found.get((c.layer, c.side), Component(c.layer, 0, c.side, 0.0, 0))
+        found[c.layer, c.side] = Component(c.layer, 0, c.side, known.weight + c.weight, known.elements + c.elements)
+    return list(found.values())
