@@ -8,7 +8,7 @@ statistics at its end could give at best. Then single-token steps, KL against ml
 
     tokens   documentation, 1,000 tokens: statistics of the first 68 (64 without attention sinks), 128, ..., all
     distance documentation: statistics of the first 256 tokens, steps after 500 to 8,000
-    topic    256 tokens of the story, then code: steps after 1,000, statistics of the story, of the first 256 of the code
+    topic    256 tokens of the story, then code: steps after 1,000, statistics of the story, of the first 256 of code
              alone (without the story before them), and of all
 """
 
