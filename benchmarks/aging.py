@@ -42,7 +42,9 @@ def steps(model: Any, caches: list[Any], ids: list[int], prefill: int, first: in
     return mx.stack(rows)
 
 
-def measured(model: Any, scheme: str, ids: list[int], prefill: int, firsts: list[int]) -> dict[int, tuple[float, float]]:
+def measured(
+    model: Any, scheme: str, ids: list[int], prefill: int, firsts: list[int]
+) -> dict[int, tuple[float, float]]:
     """KL mean and top-1 agreement by the length of the first chunk."""
     exact = steps(model, make_prompt_cache(model), ids, prefill, CHUNK)
     found = {}
