@@ -68,20 +68,14 @@ def main() -> None:
         plain, code = tokenizer.encode(documentation()), tokenizer.encode(source_code())
         changed = tokenizer.encode(story())[:256] + code
         for scheme in arguments.schemes:
-
-            def add(
-                kind: str, ids: list[int], prefill: int, firsts: dict[int, str], name: str = name, scheme: str = scheme
-            ) -> None:
+            cases = [("tokens", plain, 1000, {n: f"first {n}" for n in (68, 128, 256, 512)} | {1000: "all"})]
+            cases += [("distance", plain, n, {256: "first 256", n: "all"}) for n in arguments.distances]
+            cases += [("topic", changed, 1000, {256: "story", 1000: "all"}), ("topic", code, 744, {256: "code"})]
+            for what, ids, prefill, firsts in cases:
                 for first, (kl, top1) in measured(model, scheme, ids, prefill, list(firsts)).items():
-                    row = {"model": name, "scheme": scheme, "what": kind, "steps_after": prefill}
+                    row: dict[str, Any] = {"model": name, "scheme": scheme, "what": what, "steps_after": prefill}
                     rows.append({**row, "statistics_of": firsts[first], "kl": kl, "top1": top1})
                     print(rows[-1], flush=True)
-
-            add("tokens", plain, 1000, {n: "all" if n == 1000 else f"first {n}" for n in (68, 128, 256, 512, 1000)})
-            for prefill in arguments.distances:
-                add("distance", plain, prefill, {256: "first 256", prefill: "all"})
-            add("topic", changed, 1000, {256: "story", 1000: "all"})
-            add("topic", code, 744, {256: "code"})
     store("aging", rows)
     print_table(list(rows[0]), [tuple(row.values()) for row in rows])
 
