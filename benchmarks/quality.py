@@ -34,6 +34,11 @@ AVERAGES = (  # bits allocated by calibration, against one codec for all heads
     "rvq@1.5",
     "affine@3",
 )
+AUTOMATIC = (  # by the calibration that AVERAGES have
+    *(f"auto@{bits}" for bits in ("2.25", "3.25", "4.25")),
+    "auto@3.25,per=head",
+    *(f"auto:kl<={kl}" for kl in ("0.05", "0.02", "0.005")),
+)
 VARIANTS = (  # what the settings are worth
     "tq4,frame=off",
     *(f"{codec},scaling=least_squares" for codec in ("tq2", "tq3", "rvq1")),
@@ -66,7 +71,7 @@ def main() -> None:
     for name in arguments.model:
         model, tokenizer = load(name)
         calibrated(name, model, tokenizer)
-        schemes = arguments.schemes or ["fp16", *all_schemes(head_dim(model)), *AVERAGES, *VARIANTS]
+        schemes = arguments.schemes or ["fp16", *all_schemes(head_dim(model)), *AVERAGES, *AUTOMATIC, *VARIANTS]
         haystack = build_haystack(tokenizer, corpus_text("prose"), (0.1, 0.5, 0.9), 1000) if arguments.needle else None
         rows = []
         start = time.perf_counter()

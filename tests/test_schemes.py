@@ -175,7 +175,7 @@ INTEGER = "in a scheme must be a non-negative integer, got "
 VALUE = "every part of a scheme must have a value, got "
 PARTS = (
     "parts of a scheme must be a codec or one of ('k', 'v', 'outliers', 'frame', 'compress_after', 'rotation', "
-    "'calibration', 'sensitivity', 'scaling', 'edges', 'sinks', 'recent', 'seed'), got "
+    "'calibration', 'sensitivity', 'scaling', 'family', 'per', 'edges', 'sinks', 'recent', 'seed'), got "
 )
 VALUES_BY = "values must be stored by a codec that can do them, got "
 OUTLIERS = "outliers must be asked for with tq1 to tq6, got "
@@ -335,6 +335,8 @@ def test_json_has_every_field_and_missing_ones_are_defaults() -> None:
         "calibration": "c",
         "sensitivity": "activation",
         "scaling": "least_squares",
+        "family": "tq",
+        "per": "layer",
     }
     assert KVQConfig.from_json('{"edges": 2}') == KVQConfig(edges=2)
     assert KVQConfig.from_json(json.dumps({"key": "tq3", "value": "tq3", "seed": 1})) == KVQConfig("tq3", "tq3", seed=1)

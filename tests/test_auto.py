@@ -1,0 +1,118 @@
+"""Automatic allocation: grammar, targets that are met or refused, and one choice for equal input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import pytest
+import tiny_models
+
+import mlx_kvq_plugin as kvq
+from mlx_kvq_plugin.allocation import SIDES, Component, DistortionCurve, least_bits, total_distortion
+from mlx_kvq_plugin.auto import choose
+from mlx_kvq_plugin.calibration import Calibration
+from mlx_kvq_plugin.cli.evaluate import split_schemes
+from mlx_kvq_plugin.errors import AllocationError, CalibrationError, SchemeError
+from mlx_kvq_plugin.self_calibration import drawn_texts
+
+BITS = (1, 2, 3, 4, 5, 6)
+CURVE = DistortionCurve(BITS, tuple(4.0**-b for b in BITS), 1.0, 4.0)
+
+
+def calibration() -> Calibration:
+    """Of 10 layers with 2 KV heads of 64, keys four times as sensitive as values, later layers less."""
+    weights = {
+        side: {i: (0.02 / (i + 1) / (1 + 3 * n), 0.01 / (i + 1) / (1 + 3 * n)) for i in range(10)}
+        for n, side in enumerate(SIDES)
+    }
+    dims = {side: dict.fromkeys(range(10), 64) for side in SIDES}
+    curves = {("tq", side): CURVE for side in SIDES}
+    kinds = {"gradient": weights, "activation": weights}
+    return Calibration("", "m", kinds, dims, tuple(range(10)), curves, 4, 16, 1, 256, "")
+
+
+@pytest.mark.parametrize(
+    "scheme", ["auto@3.25", "auto:kl<=0.02", "auto:kl<=0.02,family=rvq,per=head", "auto@2,edges=1"]
+)
+def test_schemes_are_read_and_written(scheme: str) -> None:
+    config = kvq.parse_scheme(scheme)
+    assert config.target is not None and config.allocated
+    assert kvq.format_scheme(config) == scheme
+    assert kvq.KVQConfig.from_json(config.to_json()) == config
+
+
+def test_a_list_of_schemes_is_cut_between_them() -> None:
+    assert split_schemes(["tq4,auto:kl<=0.02,family=rvq,auto@3"]) == ["tq4", "auto:kl<=0.02,family=rvq", "auto@3"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        ("auto", "automatic bits must be written like"),
+        ("auto@0", "automatic bits must be written like"),
+        ("auto:kl<=x", "automatic bits must be written like"),
+        ("k=auto@3,v=tq4", "auto must be the scheme of keys and values together"),
+        ("tq4,per=head", "family and per must go with auto"),
+        ("auto@3,per=token", "per must be one of layer, head"),
+        ("auto@3,family=identity", "a family to choose from must have two or more whole rates"),
+        ("auto@3,sensitivity=activation", "auto must go by gradients"),
+    ],
+)
+def test_wrong_schemes_have_their_sentence(scheme: str, message: str) -> None:
+    with pytest.raises(SchemeError, match=message):
+        kvq.parse_scheme(scheme)
+
+
+@pytest.mark.parametrize("bits", [1.25, 2.3, 3.25, 4.1, 6.25])
+@pytest.mark.parametrize("per", ["layer", "head"])
+def test_stored_bits_are_met_within_one_step(bits: float, per: str) -> None:
+    config = kvq.parse_scheme(f"auto@{bits},per={per}")
+    allocation, choice = choose(calibration(), config, range(10), "tests")
+    assert bits - 1 / (20 if per == "layer" else 40) < choice.bits <= bits + 1e-9
+    stored = [config.layer_spec(layer.key, layer.value).bits_per_element(64, 64) for layer in choice.layers]
+    assert sum(map(sum, stored)) / 20 == pytest.approx(choice.bits)
+    assert choice.kl <= choice.even_kl * (1 + 1e-9)
+    assert [layer.key for layer in choice.layers] == [allocation.codec("key", i) for i in range(10)]
+
+
+@pytest.mark.parametrize("kl", [0.005, 0.001, 0.0002])
+def test_a_bound_is_kept_by_few_bits(kl: float) -> None:
+    _, choice = choose(calibration(), kvq.parse_scheme(f"auto:kl<={kl}"), range(10), "tests")
+    _, fewer = choose(calibration(), kvq.parse_scheme(f"auto@{choice.bits - 0.05 - 1e-6:.6f}"), range(10), "tests")
+    assert choice.kl <= kl < fewer.kl
+
+
+def test_targets_out_of_reach_are_refused() -> None:
+    for scheme, message in (("auto@7", "must be in 1.25 to 6.25"), ("auto:kl<=0.000001", "a KL divergence must be at")):
+        with pytest.raises(AllocationError, match=message):
+            choose(calibration(), kvq.parse_scheme(scheme), range(10), "tests")
+
+
+def test_least_bits_stop_where_the_distortion_is_small_enough() -> None:
+    own = [Component(i, 0, "key", w, 64) for i, w in enumerate((1.0, 0.5, 0.1))]
+    curves = {"key": CURVE}
+    found = least_bits(own, 0.1, BITS, curves)
+    assert total_distortion(own, found, curves) <= 0.1 < total_distortion(own, [1, 1, 1], curves)
+
+
+def test_a_model_without_calibration_chooses_the_same_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[Any, Any] = {}
+    monkeypatch.setattr("mlx_kvq_plugin.self_calibration._made", made)
+    model, state = tiny_models.llama(), [x.tolist() for x in mx.random.state]
+    found = []
+    for _ in range(2):
+        with kvq.compress(model, "auto@3.25") as compression:
+            found.append(compression.maker.choice)
+        made.clear()
+    assert found[0] is not None and found[0] == found[1]
+    assert [x.tolist() for x in mx.random.state] == state
+
+
+def test_texts_that_only_repeat_are_refused() -> None:
+    def stuck(tokens: mx.array, cache: Any) -> mx.array:
+        return mx.where(mx.arange(8) == 3, 100.0, 0.0) * mx.ones((*tokens.shape, 8))
+
+    stuck.layers = []  # type: ignore[attr-defined]
+    with pytest.raises(CalibrationError, match="must not only repeat"):
+        drawn_texts(stuck, 1, 2, 32)
