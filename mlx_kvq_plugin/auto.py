@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .allocation import (
     GRADIENT,
@@ -32,10 +32,12 @@ from .allocation import (
     total_distortion,
     whole_bits,
 )
-from .calibration import Calibration
 from .config import KVQConfig
 from .errors import AllocationError
 from .schemes import format_scheme
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
 
 
 @dataclass(frozen=True)

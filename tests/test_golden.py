@@ -70,7 +70,8 @@ def test_golden_bytes_cover_all_built_in_codecs() -> None:
         assert codec.fitted == bool(fitted)
 
 
-@every_codec
+# The decisions of trellis codes are between paths: that their bytes survive the last bits is a test further down.
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if not name.startswith("tcq")])
 @every_dim
 def test_golden_inputs_keep_clear_of_every_decision(name: str, dim: int) -> None:
     """Their bytes hold on every platform: the last bits of float32 arithmetic decide nothing."""
@@ -79,7 +80,7 @@ def test_golden_inputs_keep_clear_of_every_decision(name: str, dim: int) -> None
     assert margins.is_clear(name, x.astype(np.float64))
 
 
-@pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "identity"])
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if not name.startswith(("identity", "tcq"))])
 def test_margins_see_a_decision_that_is_near(name: str) -> None:
     """Among random inputs, of as many decisions each, some are not clear; and float64 zeros are on a threshold."""
     seen = [margins.is_clear(name, make_codecs.input_of(name, 64, salt).astype(np.float64)) for salt in range(60)]

@@ -72,7 +72,7 @@ def test_levels_of_packed_codes_are_those_of_unpacked_ones(name, dim):
     for dtype, tolerance in ((mx.float32, 1e-6), (mx.float16, 2e-3)):
         levels = packed_levels(codec._packed(planes), dim, codec.stages, dtype)
         assert levels.dtype == dtype
-        levels = levels.astype(mx.float32) * _factor(bits, dtype)
+        levels = levels.astype(mx.float32) * _factor(codec.book, dtype)
         if len(codec.stages) == 1 and has_lanes(bits):
             levels = from_lanes(levels, bits)
         np.testing.assert_allclose(np.array(levels), expected, rtol=0, atol=tolerance)

@@ -28,6 +28,7 @@ NAMES = (
     *(f"affine{bits}" for bits in (2, 3, 4, 5, 6, 8)),
     *(f"tq{bits}" for bits in (1, 2, 3, 4, 5, 6)),
     *(f"rvq{bits}" for bits in (1, 2, 3)),
+    *(f"tcq{bits}" for bits in (2, 3)),
     "affine2g32",
     *(f"tqprod{bits}" for bits in (2, 3, 4)),
     *(f"qjl{blocks}" for blocks in (1, 2)),
