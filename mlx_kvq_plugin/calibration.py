@@ -38,7 +38,6 @@ from .prompt_cache import model_fingerprint
 from .standalone import fit_distortion_curve
 
 LEAST_TOKENS = 128  # of a sequence: the key frame takes 68
-_CONFIG = KVQConfig(key="tq4", value="tq4")  # its prefill chunk gives the key frames
 
 Weights = Mapping[str, Mapping[int, tuple[float, ...]]]  # by side and layer, one a KV head
 
@@ -180,7 +179,7 @@ def calibrate_on(
     *,
     sampled: int,
     corpus: str,
-    config: KVQConfig = _CONFIG,
+    config: KVQConfig | None = None,
     families: Sequence[str] = (),
     seed: int = 0,
     source: str = "",
@@ -194,7 +193,8 @@ def calibrate_on(
         sampled: distortion curves are measured on the first so many.
         corpus: what the calibration says of their origin.
         families: of codecs whose distortion is measured; all that are installed without any.
-        config: how many `sinks` and `recent` tokens are taken to stay dense, and which codecs give the key frames.
+        config: how many `sinks` and `recent` tokens are taken to stay dense, and which codecs give the key frames: `tq4`
+            with its defaults for `None`.
         model, seed, source, unknown_arch, progress: as for `calibrate`.
 
     Raises:
@@ -203,6 +203,7 @@ def calibrate_on(
     from .loading import compress
     from .sensitivity import measure_sensitivities
 
+    config = config or KVQConfig(key="tq4", value="tq4")
     with compress(model, config, unknown_arch=unknown_arch) as compression:
         entries = compression.maker.plan()
         plans = [plan for plan in entries if plan.spec is not None]
