@@ -193,8 +193,8 @@ def calibrate_on(
         sampled: distortion curves are measured on the first so many.
         corpus: what the calibration says of their origin.
         families: of codecs whose distortion is measured; all that are installed without any.
-        config: how many `sinks` and `recent` tokens are taken to stay dense, and which codecs give the key frames: `tq4`
-            with its defaults for `None`.
+        config: how many `sinks` and `recent` tokens are taken to stay dense, and which codecs give the key frames;
+            `None` stands for `tq4`.
         model, seed, source, unknown_arch, progress: as for `calibrate`.
 
     Raises:
