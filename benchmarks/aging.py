@@ -22,24 +22,16 @@ from common import documentation, load, print_table, source_code, store, story
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_kvq_plugin as kvq
-from mlx_kvq_plugin.evaluation import compare, logprobs
+from mlx_kvq_plugin.evaluation import compare, step_logprobs
 
 CHUNK, STEPS = 512, 64
 
 
 def steps(model: Any, caches: list[Any], ids: list[int], prefill: int, first: int) -> mx.array:
     """Log probabilities `(STEPS, V)` after `prefill` tokens, of which the first chunk has `first`."""
-    at = 0
-    while at < prefill:
-        stop = min(prefill, at + (first if at == 0 else max(CHUNK, first)))
-        model(mx.array([ids[at:stop]]), cache=caches)
-        mx.eval([cache.state for cache in caches])
-        at = stop
-    rows = []
-    for token in ids[prefill : prefill + STEPS]:
-        rows.append(logprobs(model(mx.array([[token]]), cache=caches)[0, -1]))
-        mx.eval(rows[-1])
-    return mx.stack(rows)
+    model(mx.array([ids[:first]]), cache=caches)
+    mx.eval([cache.state for cache in caches])
+    return step_logprobs(model, caches, ids[first : prefill + STEPS], prefill - first, chunk=CHUNK)
 
 
 def measured(

@@ -18,6 +18,8 @@ tried, levels are centroids of what the encoder chooses, as odd polynomials (`be
 from __future__ import annotations
 
 import ctypes
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -27,6 +29,9 @@ import numpy.typing as npt
 
 from .codebooks import Codebook, level_book
 from .native import library
+from .packing import from_lanes, to_lanes
+
+log = logging.getLogger("mlx_kvq_plugin")
 
 MEMORY = 8  # trellis bits that the register holds besides the newest
 STATES = 2**MEMORY
@@ -75,16 +80,16 @@ def trellis(bits: int) -> Trellis:
 
 def in_time(x: mx.array) -> mx.array:
     """Channels `(..., D)` in the order of the trellis: that of the bits of a packed row of single bits (packing.py)."""
-    return x.reshape(*x.shape[:-1], 8, -1).swapaxes(-1, -2).reshape(x.shape)
+    return to_lanes(x, 1)
 
 
 def from_time(x: mx.array) -> mx.array:
     """Inverse of `in_time`."""
-    return x.reshape(*x.shape[:-1], -1, 8).swapaxes(-1, -2).reshape(x.shape)
+    return from_lanes(x, 1)
 
 
 @cache
-def _coded_planes(generators: tuple[int, ...]) -> object:
+def _coded_planes(generators: tuple[int, ...]) -> Callable[[mx.array, mx.array], list[mx.array]]:
     def coded(packed: mx.array, before: mx.array) -> list[mx.array]:
         register = (packed.astype(mx.uint16) << 8) | before.astype(mx.uint16)
         planes = []
@@ -104,7 +109,7 @@ def _coded_planes(generators: tuple[int, ...]) -> object:
 def coded_planes(packed: mx.array, code: Trellis) -> list[mx.array]:
     """Rows `(..., D / 8)` uint8 of single bits: the coded bits of rows of trellis bits, the highest first."""
     before = mx.concatenate([packed[..., -1:], packed[..., :-1]], axis=-1)
-    return list(reversed(_coded_planes(code.generators)(packed, before)))  # type: ignore[operator]
+    return list(reversed(_coded_planes(code.generators)(packed, before)))
 
 
 @cache
@@ -162,15 +167,29 @@ def _trellis_bits(z: mx.array, code: Trellis) -> mx.array:
 def encode(z: mx.array, code: Trellis) -> tuple[mx.array, mx.array]:
     """Codes of tokens of unit variance `(..., D)` float32; on a CPU by compiled code, which evaluates `z`.
 
+    On a GPU packing is done by kernels (kernels/encode.py); what they do not do comes here, and one warning says so.
+
     Returns:
         Trellis bits and indices of levels, `(..., D)` uint8 each.
     """
     if z.size == 0:
         return mx.zeros(z.shape, mx.uint8), mx.zeros(z.shape, mx.uint8)
     rows = in_time(z).reshape(-1, z.shape[-1])
-    native = library("trellis") if mx.default_device().type == mx.cpu else None
+    native = None
+    if mx.default_device().type == mx.cpu:
+        native = library("trellis")
+    else:
+        _warn_of_plain()
     bits, index = encode_plain(rows, code) if native is None else _encode_native(native, rows, code)
     return from_time(bits).reshape(z.shape), from_time(index).reshape(z.shape)
+
+
+@cache
+def _warn_of_plain() -> None:
+    log.warning(
+        "trellis codes of this head size, rotation or array are encoded by plain MLX operations on the GPU, far slower "
+        "than by its kernels; `kvq inspect --kernels` says why, tq codes are fast without kernels too"
+    )
 
 
 def encode_plain(rows: mx.array, code: Trellis) -> tuple[mx.array, mx.array]:

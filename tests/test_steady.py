@@ -1,22 +1,13 @@
 """What does not turn in keys: found where it is, exactly nothing where it is not, right far beyond the statistics."""
 
-from dataclasses import replace
-
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
+from frame_cases import DIM, ROTARIES, float32, normal, turned
 
 from mlx_kvq_plugin.frame import fit_frame
-from mlx_kvq_plugin.rotary import Rotary, no_rotation, read_rotary, turn
+from mlx_kvq_plugin.rotary import Rotary, no_rotation, turn
 
-DIM = 64
-ROTARIES = {
-    "half": read_rotary(nn.RoPE(DIM), DIM)[0],
-    "interleaved": read_rotary(nn.RoPE(DIM, traditional=True), DIM)[0],
-    "partial": read_rotary(nn.RoPE(32), DIM)[0],
-    "scaled": replace(read_rotary(nn.RoPE(DIM), DIM)[0], magnitude=1.19),
-}
 every_rotary = pytest.mark.parametrize("name", ROTARIES)
 
 
@@ -28,28 +19,10 @@ def plain_arithmetic():
     mx.enable_compile()
 
 
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape)
-
-
-def float32(x: np.ndarray) -> mx.array:
-    return mx.array(x.astype(np.float32))
-
-
 def as_pairs(rotary: Rotary, x: np.ndarray) -> np.ndarray:
     """Turning channels as complex numbers."""
     P = rotary.pairs
     return x[..., :P] + 1j * x[..., P : 2 * P] if rotary.layout == "half" else x[..., : 2 * P : 2] + 1j * x[..., 1::2]
-
-
-def turned(rotary: Rotary, x: np.ndarray, start: int) -> np.ndarray:
-    """R_n x in float64, `x` `(..., n, D)`."""
-    positions = start + np.arange(x.shape[-2])[:, None]
-    spun = as_pairs(rotary, x) * rotary.magnitude * np.exp(1j * positions * np.array(rotary.angles))
-    x, P = x.copy(), rotary.pairs
-    first, second = (slice(P), slice(P, 2 * P)) if rotary.layout == "half" else (slice(0, 2 * P, 2), slice(1, 2 * P, 2))
-    x[..., first], x[..., second] = spun.real, spun.imag
-    return x
 
 
 def energy_left(rotary: Rotary, size: float, tokens: int, start: int) -> float:

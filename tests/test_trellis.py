@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -141,6 +142,17 @@ def test_without_a_compiler_one_warning_says_so(fresh: Path, monkeypatch, caplog
     assert len(caplog.records) == 1 and "install g++" in caplog.text
     for name, plane in expected.items():
         np.testing.assert_array_equal(np.array(plane.view(mx.uint8)), np.array(planes[name].view(mx.uint8)))
+
+
+def test_plain_operations_on_a_gpu_are_said_once(monkeypatch, caplog) -> None:
+    x = mx.array(normal(1, 1, 3, 64))
+    expected = get_codec("tcq2").encode(x)
+    monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=mx.gpu))
+    with caplog.at_level(logging.WARNING, "mlx_kvq_plugin"):
+        planes = [get_codec("tcq2").encode(x) for _ in range(2)]
+    assert len(caplog.records) == 1 and "plain MLX operations on the GPU" in caplog.text
+    for name, plane in expected.items():
+        np.testing.assert_array_equal(np.array(plane.view(mx.uint8)), np.array(planes[0][name].view(mx.uint8)))
 
 
 def test_what_a_compiler_refuses_is_said(fresh: Path, monkeypatch, caplog) -> None:
