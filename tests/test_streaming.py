@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
-from test_cli import LONG, model_folder
+from test_cli import LLAMA, LONG, model_folder
 from test_progress import MAIN, on_terminal
 
 Run = Callable[..., tuple[int, str, str]]
@@ -121,9 +122,22 @@ def test_a_command_on_a_terminal_shows_how_the_cache_grows(run: Run, tiny: Path)
     assert "".join("".join(screen(shown)).split()).startswith("".join(text.split())[:40])
 
 
-def test_an_interrupted_command_ends_with_130_and_a_cursor(tiny: Path) -> None:
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose text does not end, which is a race otherwise: the logit of its end token is 0, others are larger."""
+    folder = model_folder(tmp_path_factory.mktemp("models") / "endless")
+    weights = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(weights, dict)
+    head = "lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"
+    weights[head][LLAMA["eos_token_id"]] = 0
+    mx.eval(weights)  # of the file that is written over
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    return folder
+
+
+def test_an_interrupted_command_ends_with_130_and_a_cursor(endless: Path) -> None:
     host, terminal = pty.openpty()
-    argv = ("generate", str(tiny), "--prompt", LONG, "--max-tokens", "100000", "--live")
+    argv = ("generate", str(endless), "--prompt", LONG, "--max-tokens", "100000", "--live")
     process = subprocess.Popen(
         [sys.executable, "-c", MAIN, *argv],
         stdin=subprocess.DEVNULL,
