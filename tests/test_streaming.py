@@ -124,7 +124,7 @@ def test_a_command_on_a_terminal_shows_how_the_cache_grows(run: Run, tiny: Path)
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose text does not end, which is a race otherwise: the logit of its end token is 0, others are larger."""
+    """A model whose text does not end, a race otherwise: the logit of its end token is 0, others are larger."""
     folder = model_folder(tmp_path_factory.mktemp("models") / "endless")
     weights = mx.load(str(folder / "model.safetensors"))
     assert isinstance(weights, dict)
