@@ -40,7 +40,10 @@ if (KVQ_GROUP_X < tiles) {
   } else {
     KVQ_DEVICE const KVQ_VALUE_TYPE* x =
         (KVQ_DEVICE const KVQ_VALUE_TYPE*)dense_values + (plane * rows + start) * KVQ_DIM(1);
-    const kvq_frame frame = kvq_frame();
+    kvq_frame frame = kvq_frame();
+#if KVQ_VALUE_SCALES
+    frame.channels = frames + plane * KVQ_FRAME_SIZE + KVQ_KEY_FRAME_SIZE;
+#endif
     kvq_encode<1>(x, value_signs, frame, value0, KVQ_VALUE_SECOND, value_scale, plane * count, first, last, work, lane,
                   warp);
   }

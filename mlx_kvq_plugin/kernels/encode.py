@@ -84,10 +84,10 @@ class Encoder:
         position = cache.offset - cache._dense + start if frame is not None else 0
         inputs = [keys, values, self.key_signs, self.value_signs]
         inputs.append(numbers(start, count, position, cache._dense, capacity))
-        if frame is not None:
-            inputs.append(frame.joined())
-            if frame.rotary.pairs:
-                inputs += block_tables(frame.rotary, (position + count - 1) // BLOCK + 1, whole=True)
+        if frame is not None or cache.value_scale is not None:
+            inputs.append(cache.frame_rows())
+        if frame is not None and frame.rotary.pairs:
+            inputs += block_tables(frame.rotary, (position + count - 1) // BLOCK + 1, whole=True)
         shapes = [(B, H, count, width) for side in self.planes for _, width in side]
         tiles = -(-count // self.tile)
         if self.compact:

@@ -23,6 +23,9 @@ struct kvq_frame {
   KVQ_DEVICE const float* block_sin;
   KVQ_DEVICE const float* inner;
 #endif
+#if KVQ_VALUE_SCALES
+  KVQ_DEVICE const float* channels;  // scales of the channels of values
+#endif
   int position;
 };
 
@@ -59,6 +62,14 @@ KVQ_FUNC void kvq_encode(P x, KVQ_DEVICE const float* signs, KVQ_PRIVATE const k
   const int place = lane & (KVQ_PLACES(SIDE) - 1), own_token = lane / KVQ_PLACES(SIDE);
   float sign[16];
   kvq_read_row<SIDE>(signs, place, sign);
+#if KVQ_VALUE_SCALES
+  if (SIDE == 1) {
+    float channel[16];
+    kvq_read_row<1>(frame.channels, place, channel);
+    KVQ_UNROLL
+    for (int j = 0; j < 16; j++) sign[j] /= channel[j];
+  }
+#endif
 #if KVQ_FRAME
   float own[16], other[16], steady[16], scale[16];
   if (SIDE == 0) {

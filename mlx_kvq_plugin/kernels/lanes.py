@@ -86,14 +86,24 @@ def trellis_defines(codecs: tuple[Codec, Codec], dims: tuple[int, int]) -> dict[
     return text
 
 
-def frame_defines(rotary: Rotary | None, dim: int) -> dict[str, Any]:
-    """The constants of the frame of keys of `dim` channels, `None` for none."""
+def frame_sizes(rotary: Rotary | None, dim: int, value_channels: int) -> dict[str, Any]:
+    """The constants of `KVQCache.frame_rows`: numbers of a head, and those of them that are of keys."""
+    keys = 0 if rotary is None else frame_size(dim, rotary.pairs)
+    return {
+        "KVQ_VALUE_SCALES": value_channels > 0,
+        "KVQ_KEY_FRAME_SIZE": keys,
+        "KVQ_FRAME_SIZE": keys + value_channels,
+    }
+
+
+def frame_defines(rotary: Rotary | None, dim: int, value_channels: int) -> dict[str, Any]:
+    """The constants of the frame of keys of `dim` channels, `None` for none, and of scales for channels of values."""
     pairs = rotary.pairs if rotary is not None else 0
     half = rotary is None or rotary.layout == "half"
     beside = 0 if pairs == 0 or (half and 2 * pairs < dim) else 8 if half else 1
     return {
         "KVQ_FRAME": rotary is not None,
-        "KVQ_FRAME_SIZE": frame_size(dim, pairs),
+        **frame_sizes(rotary, dim, value_channels),
         "KVQ_PAIRS": pairs,
         "KVQ_HALF_LAYOUT": half,
         "KVQ_MAGNITUDE": number(rotary.magnitude if rotary is not None else 1.0),
