@@ -17,6 +17,7 @@ from .allocation import KEY, VALUE, Allocation, whole_bits
 from .cache import KVQCache
 from .config import KVQConfig, LayerSpec
 from .errors import UnsupportedModelError
+from .progress import Progress, silent
 from .rotary import Rotary, read_rotary
 from .routing import Globals, acquire, attention_globals, release
 from .schemes import format_scheme, parse_scheme
@@ -256,7 +257,12 @@ def compression_of(model: Any) -> CacheMaker | None:
 
 
 def compress(
-    model: Any, kv_scheme: str | KVQConfig = "tq4", *, unknown_arch: str = "error", source: str = ""
+    model: Any,
+    kv_scheme: str | KVQConfig = "tq4",
+    *,
+    unknown_arch: str = "error",
+    source: str = "",
+    progress: Progress = silent,
 ) -> Compression:
     """Give a loaded mlx-lm model compressed caches.
 
@@ -270,6 +276,7 @@ def compress(
             llama's, and an exactness check with the identity codec runs first. Types that are known not to work stay
             refused.
         source: repository or path the model came from, for prompt-cache files.
+        progress: called with what an `auto` scheme measures, and how much of it.
 
     Returns:
         A `Compression`; use it as a context manager or call `undo()` to restore the model.
@@ -297,11 +304,13 @@ def compress(
             raise
         adapter = GENERIC
         _check_generic(model)
-    return _attach(model, config, adapter, source)
+    return _attach(model, config, adapter, source, progress)
 
 
-def _attach(model: Any, config: KVQConfig, adapter: Adapter, source: str = "") -> Compression:
-    maker = CacheMaker(model, config, adapter, source, *_allocation(model, config, adapter, source))
+def _attach(
+    model: Any, config: KVQConfig, adapter: Adapter, source: str = "", progress: Progress = silent
+) -> Compression:
+    maker = CacheMaker(model, config, adapter, source, *_allocation(model, config, adapter, source, progress))
     plans = maker.plan()
     modules: list[Globals] = []
     swapped: list[tuple[Any, type[nn.Module]]] = []
@@ -323,7 +332,7 @@ def _attach(model: Any, config: KVQConfig, adapter: Adapter, source: str = "") -
 
 
 def _allocation(
-    model: Any, config: KVQConfig, adapter: Adapter, source: str
+    model: Any, config: KVQConfig, adapter: Adapter, source: str, progress: Progress
 ) -> tuple[Allocation | None, AutoChoice | None]:
     """The allocation of a scheme over the layers that it compresses, and why an `auto` scheme chose it."""
     if not config.allocated:
@@ -337,7 +346,8 @@ def _allocation(
         return calibration_for(model, config, source).allocate(config, layers), None
     from .auto import choose_for
 
-    allocation, choice = choose_for(model, config, layers, source, "generic" if adapter is GENERIC else "error")
+    unknown_arch = "generic" if adapter is GENERIC else "error"
+    allocation, choice = choose_for(model, config, layers, source, unknown_arch, progress)
     log.info("kvq: %s", choice)
     return allocation, choice
 
