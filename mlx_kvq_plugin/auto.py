@@ -34,7 +34,7 @@ from .allocation import (
     total_distortion,
     whole_bits,
 )
-from .bound import CLOSE, PREFILL, ROUNDS, STEP, TEXTS, Checked, mean_divergence, meet, steps_logprobs
+from .bound import CLOSE, PREFILL, ROUNDS, STEP, Checked, mean_divergence, meet, steps_logprobs
 from .codecs import get_codec
 from .config import KVQConfig
 from .errors import AllocationError
@@ -303,19 +303,27 @@ def _checked(
     calibration: Calibration,
     progress: Progress,
 ) -> Kept[Checked]:
-    """The bound of a scheme met by measurement, kept."""
+    """The bound of a scheme met by measurement on the texts that the model writes itself, kept.
+
+    Memory: log probabilities `(B, L, V)` float32 of all positions that are compared.
+    """
     from .loading import CacheMaker, compress, stock_caches
     from .ruler import ROUTES
     from .self_calibration import VERSION, first_token, own_texts
 
     assert config.target is not None and config.target.kl is not None
+    if config.sinks + config.recent > PREFILL:
+        raise AllocationError(
+            f"a bound on the KL divergence must come with at most {PREFILL} dense tokens, as it is checked on short "
+            f"texts, got sinks={config.sinks} and recent={config.recent}; choose fewer, or bits like auto@3.25"
+        )
     bound, curves, heads = config.target.kl, _curves(calibration, config), calibration.components(GRADIENT, layers)
     family, first = whole_bits(config.family), first_token(source)
     # Where packing waits for the first step, the chunks of the measurement would never begin it.
     measured_config = replace(config, compress_after="chunk")
 
     def make() -> Checked:
-        tokens = mx.array(own_texts(model, first, progress)[:TEXTS])
+        tokens = mx.array(own_texts(model, first, progress))
         with compress(model, ROUTES, unknown_arch=unknown_arch) as routed:
             progress("measuring fp16", 0, 1)
             expected = list(steps_logprobs(model, stock_caches(model), tokens))
@@ -331,7 +339,7 @@ def _checked(
 
     identity = {
         "version": VERSION,
-        "measured on": [TEXTS, PREFILL, STEP, ROUNDS, CLOSE],
+        "measured on": [PREFILL, STEP, ROUNDS, CLOSE],
         "scheme": config.to_json(),
         "model": model_fingerprint(model),
         "first": first,

@@ -1,8 +1,10 @@
 """`auto:kl<=0.02` as a bound: what a choice of codecs costs is measured on the model's own texts, and the choice moved.
 
 Teacher-forced, as by the ruler: the same tokens through the choice's caches and through mlx-lm's, and the mean KL
-divergence of the positions after a prefill. Predictions say in which order codecs get better; how large the divergence
-is they say within a factor of about two, so the predicted bound is moved until the measured one is met.
+divergence of the positions after a prefill. These are fed `STEP` at a time, as few as are packed at a time while
+decoding, so that nearly the same tokens are read as codes as in single steps. Predictions say in which order codecs get
+better; how large the divergence is they say within a factor of about two, so the predicted bound is moved until the
+measured one is met.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import mlx.core as mx
 from .errors import AllocationError
 from .evaluation import divergence, logprobs
 
-TEXTS, PREFILL, STEP = 4, 192, 8  # texts measured on, tokens before the first position, and tokens fed at once after it
+PREFILL, STEP = 192, 8  # tokens of every text before the first position, and tokens fed at once after them
 ROUNDS = 4  # measurements, but for a bound that none of them meets
 CLOSE = 0.05  # a measured divergence that is less than this share below the bound is not raised any more
 
@@ -94,7 +96,7 @@ def _next(aim: float, found: dict[float, float]) -> float:
 
 
 def steps_logprobs(model: Any, caches: list[Any], tokens: mx.array) -> Iterator[mx.array]:
-    """Log probabilities `(B, STEP, V)` of all positions after the prefill; uses the caches up."""
+    """Log probabilities `(B, STEP, V)` float32 of all positions after the prefill; uses the caches up."""
     model(tokens[:, :PREFILL], cache=caches)
     mx.eval([cache.state for cache in caches])
     for start in range(PREFILL, tokens.shape[1], STEP):

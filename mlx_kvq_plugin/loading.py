@@ -337,6 +337,9 @@ def _allocation(
     """The allocation of a scheme over the layers that it compresses, and why an `auto` scheme chose it."""
     if not config.allocated:
         return None, None
+    from .distributed import check_scheme
+
+    check_scheme(model, config)
     layers = [plan.index for plan in plan_layers(model, config, adapter) if plan.spec is not None]
     if not layers:
         return None, None

@@ -264,19 +264,24 @@ def test_a_bound_that_the_fewest_bits_meet_takes_them() -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "llama_sliding"])
 def test_the_measured_divergence_is_that_of_the_caches_that_a_model_gets(name: str) -> None:
     """Against single steps through the caches of the compressed model, as the ruler feeds them."""
-    from mlx_kvq_plugin.bound import PREFILL, TEXTS
+    from mlx_kvq_plugin.bound import PREFILL
     from mlx_kvq_plugin.evaluation import divergence, step_logprobs
 
     model = tiny_models.ADAPTED[name]()
     with kvq.compress(model, "auto:kl<=0.03") as compression:
         choice = compression.maker.choice
         assert choice is not None and choice.measured_kl is not None and choice.measured_kl <= 0.03
-        texts = self_calibration.own_texts(model, None)[:TEXTS]
+        texts = self_calibration.own_texts(model, None)
         runs = [step_logprobs(model, compression.maker(), text, PREFILL) for text in texts]
     plain = [step_logprobs(model, kvq.make_prompt_cache(model), text, PREFILL) for text in texts]
     mean = mx.mean(mx.stack([divergence(a, b) for a, b in zip(plain, runs, strict=True)])).item()
     assert mean == pytest.approx(choice.measured_kl, rel=0.15)
     assert choice.measured_kl != pytest.approx(choice.kl, rel=1e-3)
+
+
+def test_a_bound_that_short_texts_cannot_show_is_refused() -> None:
+    with pytest.raises(AllocationError, match="must come with at most 192 dense tokens"):
+        choice_of("auto:kl<=0.02,recent=192")
 
 
 def test_a_bound_whatever_packs_when(drawn: list[str]) -> None:
