@@ -319,8 +319,6 @@ def _checked(
         )
     bound, curves, heads = config.target.kl, _curves(calibration, config), calibration.components(GRADIENT, layers)
     family, first = whole_bits(config.family), first_token(source)
-    # Where packing waits for the first step, the chunks of the measurement would never begin it.
-    measured_config = replace(config, compress_after="chunk")
 
     def make() -> Checked:
         tokens = mx.array(own_texts(model, first, progress))
@@ -331,7 +329,7 @@ def _checked(
             def measure(limit: float) -> float:
                 progress("measuring a choice", 0, 1)
                 allocation, _ = choose(calibration, config, layers, "", limit)
-                caches = CacheMaker(model, measured_config, routed.maker.adapter, source, allocation)()
+                caches = CacheMaker(model, config, routed.maker.adapter, source, allocation)()
                 return mean_divergence(expected, steps_logprobs(model, caches, tokens))
 
             ends = _kl(heads, [family[-1]] * len(heads), curves), _kl(heads, [family[0]] * len(heads), curves)

@@ -1,9 +1,9 @@
 """`auto:kl<=0.02` as a bound: what a choice of codecs costs is measured on the model's own texts, and the choice moved.
 
 Teacher-forced, as by the ruler: the same tokens through the choice's caches and through mlx-lm's, and the mean KL
-divergence of the positions after a prefill. These are fed `STEP` at a time, as few as are packed at a time while
-decoding, so that nearly the same tokens are read as codes as in single steps. Predictions say in which order codecs get
-better; how large the divergence is they say within a factor of about two, so the predicted bound is moved until the
+divergence of the positions after a prefill. These are fed `STEP` at a time, so few that caches take them for a step of
+decoding: the same tokens are read as codes as in single steps, but for a block. Predictions say in which order codecs
+get better; how large the divergence is they say within a factor of about two, so the predicted bound is moved until the
 measured one is met.
 """
 
