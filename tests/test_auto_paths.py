@@ -133,6 +133,11 @@ def test_inspect_prints_what_was_predicted_and_measured(tiny: Path, run: Run) ->
     assert code == 0 and 0.0 < choice["measured_kl"] <= 0.05 and choice["kl"] > 0.0
 
 
+def test_commands_say_what_was_chosen_and_where_it_is_kept(tiny: Path, run: Run) -> None:
+    code, _, err = run("generate", tiny, "--kv-scheme", SCHEME, "--prompt", "one", "--max-tokens", "2")
+    assert code == 0 and f"kvq: {SCHEME}: 2.917 bits an element" in err and err.count("kvq: kept in ") == 1
+
+
 def test_plan_knows_the_bytes_of_bits_and_not_those_of_a_bound(tiny: Path, run: Run) -> None:
     code, out, _ = run("plan", tiny, "--context", "1k", "--kv-scheme", SCHEME, "--kv-scheme", "auto:kl<=0.05", "--json")
     schemes = {row["scheme"]: row for row in json.loads(out)["schemes"]}

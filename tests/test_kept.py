@@ -305,5 +305,14 @@ def test_a_choice_is_the_one_that_was_measured(bound: float) -> None:
     assert rounds[0][1] > bound >= rounds[-1][1] and [choice.kl, choice.measured_kl] == rounds[-1]
 
 
+def test_a_bound_by_a_calibration_is_measured_too(filled: Any, folder: Path, tmp_path: Path, drawn: list[str]) -> None:
+    (kept_file,) = folder.glob("calibration-*")
+    kept_file.rename(tmp_path / "own.safetensors")
+    choice = choice_of(f"{KL},calibration={tmp_path / 'own.safetensors'}")
+    assert choice.basis == "gradients of the calibration own.safetensors" and drawn == ["meet"]
+    assert (choice.layers, choice.measured_kl) == (filled.layers, filled.measured_kl)
+    assert [Path(path).name.split("-")[0] for path in choice.kept] == ["bound"]
+
+
 def test_a_prompt_that_is_packed_late_is_measured_packed(filled: Any) -> None:
     assert choice_of("auto:kl<=0.02,compress_after=prefill").measured_kl > 0.005
