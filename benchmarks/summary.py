@@ -178,7 +178,7 @@ def automatic() -> list[str]:
     equal, bounds = [], []
     for model in MODELS:
         rows = {row["scheme"]: row for row in found["rows"] if row["model"] == model}
-        bits = f"{rows['tq3']['bits']:.4g}"
+        bits = f"{rows['tq3']['bits']:g}"
         names = [name for family in ("tq", "tcq") for name in (f"{family}3", f"auto@{bits},family={family}")]
         equal.append([TITLES[model], bits, *(f"{rows[name]['kl']:.4f}" for name in names)])
         for row in rows.values():
