@@ -42,7 +42,10 @@ class Checked:
     def from_json(content: Any) -> Checked:
         """Inverse of `dataclasses.asdict`; raises `KeyError`, `TypeError` or `ValueError`."""
         rounds = tuple((float(predicted), float(measured)) for predicted, measured in content["rounds"])
-        return Checked(float(content["limit"]), float(content["kl"]), rounds)
+        found = Checked(float(content["limit"]), float(content["kl"]), rounds)
+        if not (0.0 < found.limit < math.inf and 0.0 <= found.kl < math.inf):
+            raise ValueError("no bound")
+        return found
 
 
 def meet(

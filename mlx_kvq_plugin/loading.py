@@ -171,7 +171,11 @@ class CacheMaker:
         return format_scheme(self.config)
 
     def plan(self) -> list[LayerPlan]:
-        """What happens to each cache entry."""
+        """What happens to each cache entry; raises `UnsupportedModelError` for an allocation on a part of its model."""
+        if self.allocation is not None:
+            from .distributed import check_scheme
+
+            check_scheme(self.model, self.config)
         return plan_layers(self.model, self.config, self.adapter, self.allocation)
 
     def __call__(self) -> list[Any]:

@@ -170,10 +170,16 @@ def test_a_model_without_gradients_is_told_what_to_do(monkeypatch: pytest.Monkey
 
 
 def test_a_part_of_a_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_models.llama()
+    model, whole, message = (
+        tiny_models.llama(),
+        tiny_models.llama(),
+        "several ranks must have a scheme of whole bits, got",
+    )
     monkeypatch.setattr(model.model, "pipeline_size", 2, raising=False)
     for scheme in (SCHEME, "tq@2.5"):
-        with pytest.raises(
-            UnsupportedModelError, match=f"several ranks must have a scheme of whole bits, got '{scheme}'"
-        ):
+        with pytest.raises(UnsupportedModelError, match=f"{message} '{scheme}'"):
             kvq.compress(model, scheme)
+    with kvq.compress(whole, SCHEME):  # before it is split: its layers would be counted anew
+        monkeypatch.setattr(whole.model, "pipeline_size", 2, raising=False)
+        with pytest.raises(UnsupportedModelError, match=message):
+            kvq.make_prompt_cache(whole)

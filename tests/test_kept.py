@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -113,6 +114,7 @@ def test_a_second_process_reads_it(filled: Any, drawn: list[str]) -> None:
         ("auto@3.25,sinks=0", ["calibrate_on"]),
         ("auto:kl<=0.01", ["meet"]),
         ("auto:kl<=0.02,frame=off", ["meet"]),
+        ("auto:kl<=0.02,per=head", ["meet"]),
         ("auto@2,per=head", []),
     ],
 )
@@ -158,7 +160,10 @@ def of_other_weights(path: Path) -> None:
 
 def of_other_content(path: Path) -> None:
     if path.suffix == ".json":
-        path.write_text(json.dumps({**json.loads(path.read_text()), "content": [[1, -2], "x"]}))
+        found = json.loads(path.read_text())
+        bound = path.name.startswith("bound")
+        content = {**found["content"], "limit": math.nan} if bound else [[1, -2], "x"]
+        path.write_text(json.dumps({**found, "content": content}))
     else:
         calibration = load_calibration(path)
         save_calibration(path, replace(calibration, curves={}))
