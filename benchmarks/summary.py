@@ -183,14 +183,15 @@ def automatic() -> list[str]:
         equal.append([TITLES[model], bits, *(f"{rows[name]['kl']:.4f}" for name in names)])
         for row in rows.values():
             if row["own_kl"] is not None:
-                figures = [f"{row[name]:.4f}" for name in ("predicted_kl", "own_kl", "kl")]
+                figures = [f"{row[name]:.4f}" for name in ("predicted_kl", "own_kl", "own_kl_single_steps", "kl")]
                 bounds.append([TITLES[model], f"`{row['scheme']}`", f"{row['bits']:.2f}", *figures])
     return [
         "KL mean, nats a token, without a calibration. `python benchmarks/automatic.py` (200 tokens, 100 steps; "
         f"{found['machine']}): at the bytes of `tq3`,",
         table(["model", "bits", "`tq3`", "`auto`, family `tq`", "`tcq3`", "`auto`, family `tcq`"], equal),
-        "and with a bound, predicted, measured on the model's own texts, and on the texts of [quality](quality.md):",
-        table(["model", "scheme", "bits", "predicted", "own texts", "other texts"], bounds),
+        "and with a bound, predicted, measured on the model's own texts, there by the ruler in single steps, and by it on "
+        "the texts of [quality](quality.md):",
+        table(["model", "scheme", "bits", "predicted", "own texts", "in single steps", "other texts"], bounds),
     ]
 
 
