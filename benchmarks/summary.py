@@ -189,8 +189,8 @@ def automatic() -> list[str]:
         "KL mean, nats a token, without a calibration. `python benchmarks/automatic.py` (200 tokens, 100 steps; "
         f"{found['machine']}): at the bytes of `tq3`,",
         table(["model", "bits", "`tq3`", "`auto`, family `tq`", "`tcq3`", "`auto`, family `tcq`"], equal),
-        "and with a bound, predicted, measured on the model's own texts, there by the ruler in single steps, and by it on "
-        "the texts of [quality](quality.md):",
+        "and with a bound: predicted, measured on the model's own texts, there by the ruler in single steps, and by "
+        "the ruler on the texts of [quality](quality.md):",
         table(["model", "scheme", "bits", "predicted", "own texts", "in single steps", "other texts"], bounds),
     ]
 
