@@ -1,7 +1,7 @@
 """What automatic bits go by, kept between runs: files below the package's cache folder, made once and read back.
 
-A file's name is a digest of all that its content depends on. A file that cannot be read, or is of something else, is
-made again; it appears by one rename, so that processes may make the same one at once.
+A file's name is a digest of all that its content depends on, this package's release among it. A file that cannot be
+read, or is of something else, is made again; it appears by one rename, so that processes may make the same one at once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -19,6 +20,7 @@ from .errors import KVQError
 
 log = logging.getLogger("mlx_kvq_plugin")
 
+DISTRIBUTION = "mlx-kvq-plugin"
 FOLDER = "auto"
 
 T = TypeVar("T")
@@ -53,7 +55,8 @@ def keep(
         make: makes the content.
         write: raises `OSError` or `KVQError` where it cannot write: then one warning says what to do.
     """
-    digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+    of_release = [version(DISTRIBUTION), identity]  # whose caches and gradients were measured
+    digest = hashlib.blake2b(json.dumps(of_release, sort_keys=True).encode(), digest_size=16).hexdigest()
     name = f"{kind}-{digest}{suffix}"
     if name not in _known:
         _known[name] = _kept(name, read, make, write)

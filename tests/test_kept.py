@@ -127,6 +127,12 @@ def test_other_settings_measure_what_depends_on_them(
     assert choice_of(KL) == filled and drawn == calls  # in files of their own
 
 
+def test_another_release_measures_anew(filled: Any, drawn: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "version", lambda name: f"{name} 9.9")
+    choice_of("auto@3.25")
+    assert drawn == ["drawn_texts", "calibrate_on"]
+
+
 def test_other_weights_and_dtypes_have_files_of_their_own(folder: Path, drawn: list[str]) -> None:
     choice_of("auto@3.25")
     choice_of("auto@3.25", tiny_models.llama(seed=1))
