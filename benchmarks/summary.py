@@ -40,7 +40,16 @@ def readme_table() -> str:
         cells = [f"{quality(model)['rows'][scheme]['kl_mean']:.4f}" for model in MODELS]
         averages.append(f"`{scheme}` {' / '.join(cells)}")
     averaged = f"KL with bits allocated by `kvq calibrate`, at equal bits: {', '.join(averages)}."
-    return "\n\n".join([table(head, rows), *gpu_speed(), averaged])
+    return "\n\n".join([table(head, rows), *gpu_speed(), automatic_line(), averaged])
+
+
+def automatic_line() -> str:
+    """What `auto` gains at the bytes of `tq3`, in a sentence."""
+    rows, cells = results("automatic")["rows"], []
+    for pattern in ("tq3", "auto@.*,family=tq"):
+        kl = [f"{row['kl']:.4f}" for row in rows if re.fullmatch(pattern, row["scheme"])]
+        cells.append(" / ".join(kl))
+    return f"KL at the bytes of `tq3`, in the runs of `automatic.py`: `tq3` {cells[0]}, `auto` {cells[1]}."
 
 
 def gpu_speed() -> list[str]:
@@ -160,6 +169,33 @@ def allocation() -> str:
         f"{TITLES[m]}: {kind}" for m in MODELS for kind in ("the same for all", "gradient", "activation")
     ]
     machine = quality(MODELS[0])["machine"]
+    return "\n\n".join([*automatic(), _averages(head, lines, machine)])
+
+
+def automatic() -> list[str]:
+    """Automatic bits without a calibration: against the same bits for all layers, and what bounds come to."""
+    found = results("automatic")
+    equal, bounds = [], []
+    for model in MODELS:
+        rows = {row["scheme"]: row for row in found["rows"] if row["model"] == model}
+        bits = f"{rows['tq3']['bits']:g}"
+        names = [name for family in ("tq", "tcq") for name in (f"{family}3", f"auto@{bits},family={family}")]
+        equal.append([TITLES[model], bits, *(f"{rows[name]['kl']:.4f}" for name in names)])
+        for row in rows.values():
+            if row["own_kl"] is not None:
+                figures = [f"{row[name]:.4f}" for name in ("predicted_kl", "own_kl", "own_kl_single_steps", "kl")]
+                bounds.append([TITLES[model], f"`{row['scheme']}`", f"{row['bits']:.2f}", *figures])
+    return [
+        "KL mean, nats a token, without a calibration. `python benchmarks/automatic.py` (200 tokens, 100 steps; "
+        f"{found['machine']}): at the bytes of `tq3`,",
+        table(["model", "bits", "`tq3`", "`auto`, family `tq`", "`tcq3`", "`auto`, family `tcq`"], equal),
+        "and with a bound: predicted, measured on the model's own texts, there by the ruler in single steps, and by "
+        "the ruler on the texts of [quality](quality.md):",
+        table(["model", "scheme", "bits", "predicted", "own texts", "in single steps", "other texts"], bounds),
+    ]
+
+
+def _averages(head: list[str], lines: list[list[str]], machine: str) -> str:
     return (
         "KL mean, nats a token, at equal bytes (2.5 bits for all heads are `tq2.5`, whose two scales a token take "
         f"0.25 bits more at head size 64). `python benchmarks/quality.py`; {machine}.\n\n" + table(head, lines)

@@ -2,17 +2,19 @@
 
 What is known of a model comes from its calibration, or else from one on texts that the model itself writes
 (self_calibration.py). The expected squared gradient is the Fisher information, so half of weight times relative error,
-summed over all components, is the KL divergence that errors cost, to second order: the quantity that is made least, and
-that a bound is a bound on.
+summed over all components, is the KL divergence that errors cost, to second order: the quantity that is made least. A
+bound is one on what is then measured (bound.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
 
 from .allocation import (
     GRADIENT,
@@ -32,8 +34,13 @@ from .allocation import (
     total_distortion,
     whole_bits,
 )
+from .bound import CLOSE, PREFILL, ROUNDS, STEP, Checked, mean_divergence, meet, steps_logprobs
+from .codecs import get_codec
 from .config import KVQConfig
 from .errors import AllocationError
+from .kept import Kept, keep_json
+from .progress import Progress, silent
+from .prompt_cache import model_fingerprint
 from .schemes import format_scheme
 
 if TYPE_CHECKING:
@@ -74,6 +81,8 @@ class AutoChoice:
         even_kl: that of the same bits for all layers and both sides; between whole bits by exponential interpolation.
         layers: of the compressed layers.
         sinks, recent, edges: as the scheme has them.
+        measured_kl: of a scheme with a bound, on the model's own texts; `None` for one with bits.
+        kept: the files that the calibration and the measurement are kept in, of those that were made here.
     """
 
     scheme: str
@@ -87,6 +96,8 @@ class AutoChoice:
     sinks: int
     recent: int
     edges: int
+    measured_kl: float | None = None
+    kept: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -94,9 +105,10 @@ class AutoChoice:
 
     def summary(self) -> str:
         """One line."""
+        measured = "" if self.measured_kl is None else f", measured {self.measured_kl:.4f}"
         return (
             f"{self.bits:.3f} bits an element (keys {self.key_bits:.3f}, values {self.value_bits:.3f}), predicted KL "
-            f"{self.kl:.4f} ({self.even_kl:.4f} with the same bits everywhere), by {self.basis}"
+            f"{self.kl:.4f}{measured} ({self.even_kl:.4f} predicted with the same bits everywhere), by {self.basis}"
         )
 
     def lines(self) -> list[str]:
@@ -112,6 +124,7 @@ class AutoChoice:
         return [
             self.summary(),
             f"dense: {self.sinks} first and {self.recent} last tokens, and {self.edges} layers at both ends",
+            *(f"kept in {path}" for path in self.kept),
             *("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows),
         ]
 
@@ -125,7 +138,7 @@ def _span(values: Sequence[float]) -> str:
 
 
 def choose(
-    calibration: Calibration, config: KVQConfig, layers: Sequence[int], basis: str
+    calibration: Calibration, config: KVQConfig, layers: Sequence[int], basis: str, limit: float | None = None
 ) -> tuple[Allocation, AutoChoice]:
     """Codecs for the compressed layers of a model.
 
@@ -134,13 +147,14 @@ def choose(
         config: with a `target`.
         layers: cache entries that the scheme compresses, at least one.
         basis: what the choice says it went by.
+        limit: of the predicted KL divergence, in place of the target's.
 
     Raises:
         AllocationError: for bits or a KL divergence that the family's codecs cannot meet on this model.
         CalibrationError: for layers that were not calibrated.
     """
     curves, heads = _curves(calibration, config), calibration.components(GRADIENT, layers)
-    bits, average = chosen_bits(config, heads, curves)
+    bits, average = chosen_bits(config, heads, curves, limit)
     allocation = allocation_of(dict.fromkeys(SIDES, config.family), [(heads, bits, average, curves)])
     rate = rate_of(config, heads)
     even = _kl(heads, [average] * len(heads), curves)
@@ -176,9 +190,14 @@ def choose(
 
 
 def chosen_bits(
-    config: KVQConfig, heads: Sequence[Component], curves: Mapping[str, DistortionCurve]
+    config: KVQConfig, heads: Sequence[Component], curves: Mapping[str, DistortionCurve], limit: float | None = None
 ) -> tuple[list[int], float]:
     """Whole bits of every KV head that meet the scheme's target, and their average without scales.
+
+    Args:
+        config: with a `target`.
+        heads, curves: of the model.
+        limit: of the predicted KL divergence, in place of the target's.
 
     Raises:
         AllocationError: for a target that cannot be met.
@@ -196,13 +215,14 @@ def chosen_bits(
         whole = allocate_bits(components, target.bits, choices, curves, rate)
     else:
         assert target.kl is not None
+        most = target.kl if limit is None else limit
         least = _kl(components, [choices[-1]] * len(components), curves)
-        if least > target.kl:
+        if least > most:
             raise AllocationError(
                 f"a KL divergence must be at least {least:.2g} nats a token, what {config.family}{choices[-1]} is "
-                f"predicted to cost on this model, got {target.kl:g}; allow more or choose another family"
+                f"predicted to cost on this model, got {most:g}; allow more or choose another family"
             )
-        whole = least_bits(components, 2 * target.kl, choices, curves, rate)
+        whole = least_bits(components, 2 * most, choices, curves, rate)
     given = {(c.layer, c.side, c.head): b for c, b in zip(components, whole, strict=True)}
     bits = [given[c.layer, c.side, 0 if config.per == PER_LAYER else c.head] for c in heads]
     return bits, mean_rate(heads, bits)
@@ -240,23 +260,93 @@ def _kl(components: Sequence[Component], bits: Sequence[float], curves: Mapping[
 
 
 def choose_for(
-    model: Any, config: KVQConfig, layers: Sequence[int], source: str, unknown_arch: str = "error"
+    model: Any,
+    config: KVQConfig,
+    layers: Sequence[int],
+    source: str,
+    unknown_arch: str = "error",
+    progress: Progress = silent,
 ) -> tuple[Allocation, AutoChoice]:
-    """`choose` by the model's calibration, or by texts that it writes itself where there is none.
+    """`choose` by the model's calibration, or by texts that it writes itself where there is none; a bound is checked.
 
     Raises:
-        AllocationError: as `choose`.
+        AllocationError: as `choose`, and for a bound that the most bits do not meet.
         CalibrationError: for a calibration of other weights or layers, and as `self_calibration`.
     """
     from .calibration_files import calibration_for, calibration_path
     from .self_calibration import self_calibration
 
-    path = calibration_path(config, source)
+    path, kept = calibration_path(config, source), list[str]()
     if path is None and not config.calibration:
-        calibration = self_calibration(model, config, source, unknown_arch)
-        return choose(calibration, config, layers, calibration.corpus)
-    calibration = calibration_for(model, config, source)
-    return choose(calibration, config, layers, f"gradients of the calibration {path.name if path else ''}")
+        own = self_calibration(model, config, source, layers, unknown_arch, progress)
+        calibration, basis = own.content, own.content.corpus
+        kept.append(own.path)
+    else:
+        calibration = calibration_for(model, config, source)
+        basis = f"gradients of the calibration {path.name if path else ''}"
+    assert config.target is not None
+    limit = measured = None
+    if config.target.kl is not None:
+        checked = _checked(model, config, layers, source, unknown_arch, calibration, progress)
+        limit, measured = checked.content.limit, checked.content.kl
+        kept.append(checked.path)
+    allocation, choice = choose(calibration, config, layers, basis, limit)
+    return allocation, replace(choice, measured_kl=measured, kept=tuple(name for name in kept if name))
+
+
+def _checked(
+    model: Any,
+    config: KVQConfig,
+    layers: Sequence[int],
+    source: str,
+    unknown_arch: str,
+    calibration: Calibration,
+    progress: Progress,
+) -> Kept[Checked]:
+    """The bound of a scheme met by measurement on the texts that the model writes itself, kept.
+
+    Memory: log probabilities `(B, L, V)` float32 of all positions that are compared.
+    """
+    from .loading import CacheMaker, compress, stock_caches
+    from .ruler import ROUTES
+    from .self_calibration import VERSION, first_token, own_texts
+
+    assert config.target is not None and config.target.kl is not None
+    if config.sinks + config.recent > PREFILL:
+        raise AllocationError(
+            f"a bound on the KL divergence must come with at most {PREFILL} dense tokens, as it is checked on short "
+            f"texts, got sinks={config.sinks} and recent={config.recent}; choose fewer, or bits like auto@3.25"
+        )
+    bound, curves, heads = config.target.kl, _curves(calibration, config), calibration.components(GRADIENT, layers)
+    family, first = whole_bits(config.family), first_token(source)
+
+    def make() -> Checked:
+        tokens = mx.array(own_texts(model, first, progress))
+        with compress(model, ROUTES, unknown_arch=unknown_arch) as routed:
+            progress("measuring fp16", 0, 1)
+            expected = list(steps_logprobs(model, stock_caches(model), tokens))
+
+            def measure(limit: float) -> float:
+                progress("measuring a choice", 0, 1)
+                allocation, _ = choose(calibration, config, layers, "", limit)
+                caches = CacheMaker(model, config, routed.maker.adapter, source, allocation)()
+                return mean_divergence(expected, steps_logprobs(model, caches, tokens))
+
+            ends = _kl(heads, [family[-1]] * len(heads), curves), _kl(heads, [family[0]] * len(heads), curves)
+            return meet(bound, ends, lambda limit: choose(calibration, config, layers, "", limit)[1].kl, measure)
+
+    identity = {
+        "version": VERSION,
+        "measured on": [PREFILL, STEP, ROUNDS, CLOSE],
+        "scheme": config.to_json(),
+        "model": model_fingerprint(model),
+        "first": first,
+        "layers": list(layers),
+        "weights": [c.weight for c in heads],
+        "curves": {side: curve.mse for side, curve in curves.items()},
+        "codecs": [get_codec(f"{config.family}{bits}").to_json() for bits in family],
+    }
+    return keep_json("bound", identity, Checked.from_json, make, asdict)
 
 
 def _curves(calibration: Calibration, config: KVQConfig) -> Mapping[str, DistortionCurve]:

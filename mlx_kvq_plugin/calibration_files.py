@@ -6,10 +6,7 @@ The arrays are sensitivities, named `kind.side.layer`, one number a KV head; the
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from safetensors.numpy import save
 
 from .allocation import SENSITIVITIES, SIDES, DistortionCurve
+from .cache_folder import write_whole
 from .calibration import Calibration, check_weights
 from .config import KVQConfig
 from .errors import CalibrationError
@@ -54,18 +52,13 @@ def save_calibration(path: str | Path, calibration: Calibration) -> None:
         "attention": calibration.attention,
         **{name: getattr(calibration, name) for name in _PLAIN},
     }
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        scratch.write_bytes(save(arrays, {_METADATA: json.dumps(header, sort_keys=True), "format": "mlx"}))
-        os.replace(scratch, path)
+        write_whole(path, save(arrays, {_METADATA: json.dumps(header, sort_keys=True), "format": "mlx"}))
     except OSError as error:
         raise CalibrationError(
             f"a calibration must go to a folder that can be written, got {short_error(error)} for {str(path)!r}; "
             "choose another path"
         ) from error
-    finally:
-        with suppress(OSError):
-            scratch.unlink(missing_ok=True)
 
 
 def load_calibration(path: str | Path) -> Calibration:

@@ -19,6 +19,7 @@ from .config import FP16
 from .errors import SchemeError, UnsupportedModelError
 from .layouts import CHUNK, Layout, layer_layout, layouts_nbytes
 from .loading import LayerPlan, compress, make_prompt_cache
+from .progress import Progress, silent, within
 from .report import cache_report
 
 AFFINE = "mlx-affine"
@@ -112,10 +113,14 @@ class Contender:
         return nbytes + batch * layouts_nbytes(counted, tokens, steps)[0]
 
 
-def make_contender(model: Any, name: str, unknown_arch: str = "error", source: str = "") -> Contender:
+def make_contender(
+    model: Any, name: str, unknown_arch: str = "error", source: str = "", progress: Progress = silent
+) -> Contender:
     """Fresh caches of a scheme; raises `KVQError` for what the model cannot do."""
     affine = affine_bits(name)
-    with compress(model, FP16 if affine else name, unknown_arch=unknown_arch, source=source) as compression:
+    with compress(
+        model, FP16 if affine else name, unknown_arch=unknown_arch, source=source, progress=within(progress, name)
+    ) as compression:
         plans, caches = compression.maker.plan(), make_prompt_cache(model)
         choice = compression.maker.choice
     layouts = tuple(layer_layout(plan.geometry, cache) for plan, cache in zip(plans, caches, strict=True))

@@ -18,7 +18,7 @@ import mlx_lm.utils as mlx_utils
 from .config import KVQConfig
 from .errors import UnsupportedModelError
 from .loading import compress
-from .schemes import parse_scheme
+from .schemes import format_scheme, parse_scheme
 
 TENSOR, PIPELINE = "tensor", "pipeline"
 
@@ -93,6 +93,19 @@ def _check_heads(config: dict[str, Any], ranks: int) -> None:
             )
 
 
+def check_scheme(model: Any, config: KVQConfig) -> None:
+    """Raise `UnsupportedModelError` for average or automatic bits on a part of a model."""
+    if config.allocated and placement_of(model).ranks > 1:
+        raise _not_allocated(config)
+
+
+def _not_allocated(config: KVQConfig) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"a model over several ranks must have a scheme of whole bits, got {format_scheme(config)!r}: a calibration is "
+        "of a whole model; name a codec instead"
+    )
+
+
 def sharded_load(
     path_or_hf_repo: str,
     kv_scheme: str | KVQConfig = "tq4",
@@ -123,10 +136,7 @@ def sharded_load(
     """
     scheme = parse_scheme(kv_scheme)  # a wrong scheme fails before the weights are read
     if scheme.allocated:
-        raise UnsupportedModelError(
-            f"a model over several ranks must have a scheme of whole bits, got {kv_scheme!r}: a calibration is of a "
-            "whole model; name a codec instead"
-        )
+        raise _not_allocated(scheme)
     model, tokenizer, config = mlx_utils.sharded_load(
         path_or_hf_repo, pipeline_group, tensor_group, return_config=True, **arguments
     )

@@ -17,6 +17,7 @@ from .allocation import KEY, VALUE, Allocation, whole_bits
 from .cache import KVQCache
 from .config import KVQConfig, LayerSpec
 from .errors import UnsupportedModelError
+from .progress import Progress, silent
 from .rotary import Rotary, read_rotary
 from .routing import Globals, acquire, attention_globals, release
 from .schemes import format_scheme, parse_scheme
@@ -170,7 +171,11 @@ class CacheMaker:
         return format_scheme(self.config)
 
     def plan(self) -> list[LayerPlan]:
-        """What happens to each cache entry."""
+        """What happens to each cache entry; raises `UnsupportedModelError` for an allocation on a part of its model."""
+        if self.allocation is not None:
+            from .distributed import check_scheme
+
+            check_scheme(self.model, self.config)
         return plan_layers(self.model, self.config, self.adapter, self.allocation)
 
     def __call__(self) -> list[Any]:
@@ -256,7 +261,12 @@ def compression_of(model: Any) -> CacheMaker | None:
 
 
 def compress(
-    model: Any, kv_scheme: str | KVQConfig = "tq4", *, unknown_arch: str = "error", source: str = ""
+    model: Any,
+    kv_scheme: str | KVQConfig = "tq4",
+    *,
+    unknown_arch: str = "error",
+    source: str = "",
+    progress: Progress = silent,
 ) -> Compression:
     """Give a loaded mlx-lm model compressed caches.
 
@@ -270,6 +280,7 @@ def compress(
             llama's, and an exactness check with the identity codec runs first. Types that are known not to work stay
             refused.
         source: repository or path the model came from, for prompt-cache files.
+        progress: called with what an `auto` scheme measures, and how much of it.
 
     Returns:
         A `Compression`; use it as a context manager or call `undo()` to restore the model.
@@ -297,11 +308,13 @@ def compress(
             raise
         adapter = GENERIC
         _check_generic(model)
-    return _attach(model, config, adapter, source)
+    return _attach(model, config, adapter, source, progress)
 
 
-def _attach(model: Any, config: KVQConfig, adapter: Adapter, source: str = "") -> Compression:
-    maker = CacheMaker(model, config, adapter, source, *_allocation(model, config, adapter, source))
+def _attach(
+    model: Any, config: KVQConfig, adapter: Adapter, source: str = "", progress: Progress = silent
+) -> Compression:
+    maker = CacheMaker(model, config, adapter, source, *_allocation(model, config, adapter, source, progress))
     plans = maker.plan()
     modules: list[Globals] = []
     swapped: list[tuple[Any, type[nn.Module]]] = []
@@ -323,11 +336,14 @@ def _attach(model: Any, config: KVQConfig, adapter: Adapter, source: str = "") -
 
 
 def _allocation(
-    model: Any, config: KVQConfig, adapter: Adapter, source: str
+    model: Any, config: KVQConfig, adapter: Adapter, source: str, progress: Progress
 ) -> tuple[Allocation | None, AutoChoice | None]:
     """The allocation of a scheme over the layers that it compresses, and why an `auto` scheme chose it."""
     if not config.allocated:
         return None, None
+    from .distributed import check_scheme
+
+    check_scheme(model, config)
     layers = [plan.index for plan in plan_layers(model, config, adapter) if plan.spec is not None]
     if not layers:
         return None, None
@@ -337,7 +353,8 @@ def _allocation(
         return calibration_for(model, config, source).allocate(config, layers), None
     from .auto import choose_for
 
-    allocation, choice = choose_for(model, config, layers, source, "generic" if adapter is GENERIC else "error")
+    unknown_arch = "generic" if adapter is GENERIC else "error"
+    allocation, choice = choose_for(model, config, layers, source, unknown_arch, progress)
     log.info("kvq: %s", choice)
     return allocation, choice
 

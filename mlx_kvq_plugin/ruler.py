@@ -132,7 +132,7 @@ class _Bench:
 
     def contender(self, scheme: str) -> Contender:
         """A scheme with fresh caches; raises `KVQError` for what the model cannot do."""
-        return make_contender(self.model, scheme, self.unknown_arch, self.source)
+        return make_contender(self.model, scheme, self.unknown_arch, self.source, self.progress)
 
     def group(self, schemes: Sequence[str], needle: tuple[Retrieval, ...]) -> list[SchemeResult]:
         """The results of a few schemes, whose caches are all held at once."""

@@ -1,12 +1,13 @@
 """Calibration without any data: on texts that the model itself writes, drawn at temperature 1 from fixed seeds.
 
 The texts begin with the model's first token, as its config.json names it: models that were trained with one write
-nothing sensible without it. Kept in memory for the process, by weights; nothing is written.
+nothing sensible without it. Texts and calibrations are kept between runs (kept.py).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,51 +15,116 @@ from typing import Any
 import huggingface_hub
 import mlx.core as mx
 
+from . import calibration_files
+from .allocation import GRADIENT, KEY, SIDES, whole_bits
 from .calibration import Calibration, calibrate_on
+from .calibration_files import load_calibration, save_calibration
+from .codecs import get_codec
 from .config import KVQConfig
 from .errors import CalibrationError
+from .kept import Identity, Kept, keep, keep_json
 from .loading import stock_caches
+from .progress import Progress, silent
 from .prompt_cache import model_fingerprint
 
+VERSION = 1  # of how texts are drawn and measured: what is kept of another one is made again
 SEQUENCES, LENGTH = 8, 256  # texts, and tokens of each
 SAMPLED = 3  # of the texts, for distortion curves
 SEED = 0
 LEAST_PAIRS = 0.4  # of a text's pairs of neighbours must differ from all others: 0.6 to 0.97 in texts, less in loops
 
 _CONFIG = "config.json"
-_made: dict[tuple[str, str, int, int, int | None], Calibration] = {}
+
+Texts = list[list[int]]
 
 
-def self_calibration(model: Any, config: KVQConfig, source: str, unknown_arch: str = "error") -> Calibration:
-    """The calibration of a model on its own texts.
+def self_calibration(
+    model: Any,
+    config: KVQConfig,
+    source: str,
+    layers: Sequence[int],
+    unknown_arch: str = "error",
+    progress: Progress = silent,
+) -> Kept[Calibration]:
+    """The calibration of a model on its own texts, and where it is kept.
 
     Args:
         model: from mlx-lm, not compressed.
         config: of which `sinks` and `recent` tokens are taken to stay dense, and whose `family` is measured.
         source: folder or repository of the model, which says its first token; "" or another one draws it at random.
-        unknown_arch: as for `compress`.
+        layers: cache entries that it must have.
+        unknown_arch, progress: as for `compress`.
 
-    Cost: `LENGTH` decode steps of `SEQUENCES` rows, then a forward and a backward pass of each row.
+    Cost: that of `own_texts`, then a forward and a backward pass of each of them.
 
     Raises:
         CalibrationError: for a model whose texts only repeat, or through which gradients do not pass.
         UnsupportedModelError: as `compress`.
     """
-    first = first_token(source)
-    key = (model_fingerprint(model), config.family, config.sinks, config.recent, first)
-    if key not in _made:
-        ids = drawn_texts(model, first)
-        _made[key] = calibrate_on(
+    first, fingerprint = first_token(source), model_fingerprint(model, any_float=True)
+    rates = whole_bits(config.family)
+    identity = {
+        **_texts_identity(model, first),
+        "format": calibration_files.VERSION,
+        "codecs": [get_codec(f"{config.family}{bits}").to_json() for bits in rates],
+        "sinks": config.sinks,
+        "recent": config.recent,
+    }
+
+    def read(path: Path) -> Calibration | None:
+        found = load_calibration(path)
+        own = (found.fingerprint, found.sinks, found.recent, found.corpus)
+        complete = (
+            own == (fingerprint, config.sinks, config.recent, origin(first))
+            and all((config.family, side) in found.curves for side in SIDES)
+            and set(layers) <= set(found.sensitivities[GRADIENT][KEY])
+        )
+        return found if complete else None
+
+    def make() -> Calibration:
+        return calibrate_on(
             model,
-            ids,
+            own_texts(model, first, progress),
             sampled=SAMPLED,
             families=[config.family],
             corpus=origin(first),
             config=KVQConfig(key="tq4", value="tq4", sinks=config.sinks, recent=config.recent),
             source=source,
             unknown_arch=unknown_arch,
+            progress=progress,
         )
-    return _made[key]
+
+    return keep("calibration", calibration_files.SUFFIX, identity, read, make, save_calibration)
+
+
+def own_texts(model: Any, first: int | None, progress: Progress = silent) -> Texts:
+    """`drawn_texts` of a model, kept.
+
+    Cost: `LENGTH` decode steps of `SEQUENCES` rows.
+
+    Raises:
+        CalibrationError: for texts that only repeat.
+    """
+
+    def check(content: Any) -> Texts:
+        shape = [len(text) for text in content]
+        if shape != [LENGTH] * SEQUENCES or not all(type(t) is int and t >= 0 for text in content for t in text):
+            raise ValueError("other texts")
+        return list(content)
+
+    def make() -> Texts:
+        return drawn_texts(model, first, SEQUENCES, LENGTH, SEED, progress)
+
+    return keep_json("texts", _texts_identity(model, first), check, make, list).content
+
+
+def _texts_identity(model: Any, first: int | None) -> Identity:
+    return {
+        "version": VERSION,
+        "model": model_fingerprint(model),
+        "first": first,
+        "texts": [SEQUENCES, LENGTH, SEED],
+    }
 
 
 def origin(first: int | None) -> str:
@@ -85,13 +151,19 @@ def first_token(source: str) -> int | None:
 
 
 def drawn_texts(
-    model: Any, first: int | None, sequences: int = SEQUENCES, length: int = LENGTH, seed: int = SEED
-) -> list[list[int]]:
+    model: Any,
+    first: int | None,
+    sequences: int = SEQUENCES,
+    length: int = LENGTH,
+    seed: int = SEED,
+    progress: Progress = silent,
+) -> Texts:
     """Texts drawn from the model at temperature 1; the random state that users seed is left alone.
 
     Args:
         first: token that all begin with; `None` begins each with a random one.
         sequences, length, seed: how many of how many tokens, and from which seed.
+        progress: as for `compress`.
 
     Raises:
         CalibrationError: for texts that only repeat.
@@ -103,7 +175,8 @@ def drawn_texts(
         tokens = [mx.random.randint(0, vocabulary, (sequences, 1), key=start)]
     else:
         tokens = [mx.full((sequences, 1), first)]
-    for _ in range(length - 1):
+    for step in range(length - 1):
+        progress("writing texts", step, length - 1)
         key, own = mx.random.split(key)
         logits = model(tokens[-1], cache=caches)[:, -1].astype(mx.float32)
         tokens.append(mx.random.categorical(logits, key=own)[:, None].astype(tokens[0].dtype))

@@ -138,7 +138,7 @@ def measure_sensitivities(
     except (ValueError, RuntimeError, NotImplementedError) as error:
         raise CalibrationError(
             f"gradients must pass through the model for a calibration, got {type(error).__name__}: {error}; "
-            "choose a scheme without average bits"
+            "calibrate where they do (kvq calibrate), or choose a scheme of whole bits, like tq4"
         ) from error
     found: dict[tuple[str, int], Sensitivity] = {}
     for plan, member, (keys, values, energy), (key_gradient, value_gradient) in zip(

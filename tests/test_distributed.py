@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm.utils as mlx_utils
 import pytest
 import tiny_models
 from mlx.utils import tree_flatten
@@ -56,6 +57,12 @@ def sharded(folder: Path, split: str, scheme: str = "tq4") -> Any:
     return model
 
 
+def plain_part(folder: Path) -> Any:
+    """As mlx-lm loads it."""
+    group = mx.distributed.init(strict=True, backend="ring")
+    return mlx_utils.sharded_load(str(folder / "llama"), tensor_group=group)[0]
+
+
 def generate_and_save(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for split in SPLITS:
@@ -80,6 +87,10 @@ def generate_and_save(folder: Path) -> dict[str, Any]:
                 if rank == 0:  # as when one of the machines could not write
                     kvq.save_prompt_cache(folder / f"{split}-half.safetensors", cache, model=model)
                 found[f"{split} info"] = [info.format, info.rank, info.ranks, info.sharding, info.tokens]
+    found["auto"] = [
+        error_of(kvq.sharded_load, str(folder / "llama"), "auto@3"),
+        error_of(kvq.compress, plain_part(folder), "auto@3"),
+    ]
     found["heads"] = error_of(kvq.sharded_load, str(folder / "three-heads"))
     return found
 
@@ -268,6 +279,12 @@ def test_heads_that_cannot_be_shared_out_are_refused(first):
     for found in first:
         assert found["heads"].startswith("UnsupportedModelError: a tensor-parallel model must have a multiple of 2")
         assert "num_attention_heads=3" in found["heads"]
+
+
+def test_automatic_bits_are_refused_on_every_rank(first):
+    for found in first:
+        for text in found["auto"]:
+            assert text.startswith("UnsupportedModelError: a model over several ranks must have a scheme of whole bits")
 
 
 def test_a_family_of_files_has_one_name():

@@ -19,7 +19,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from ..generation.inputs import encode_text
 from ..loading import compress, compression_of, make_prompt_cache
-from ..progress import Progress, silent
+from ..progress import Progress, progress_bar, silent
 from ..prompt_cache import PromptCacheInfo, load_prompt_cache, read_prompt_cache_info, save_prompt_cache
 from ..schemes import format_scheme, parse_scheme
 from ..sliding import allow_speculation
@@ -222,17 +222,23 @@ def compressed_model(options: argparse.Namespace, file: str | None = None) -> It
     """The model of the options, compressed while the context lasts.
 
     Args:
-        options: with `model`, `kv_scheme`, `unknown_arch` and `float32`.
+        options: with `model`, `kv_scheme`, `unknown_arch`, `float32` and `progress`.
         file: a prompt-cache file, which gives what the options leave open.
     """
     info = read_prompt_cache_info(input_file(file)) if file is not None else None
     scheme = _scheme(options.kv_scheme, info)  # a wrong scheme fails before the weights are read
     name = options.model or (info.model if info else "") or DEFAULT_MODEL
     loaded = load_model(name, float32_like(options.float32, info))
-    with compress(loaded.model, scheme, unknown_arch=options.unknown_arch, source=loaded.source) as compression:
+    with progress_bar(options.progress) as progress:
+        compression = compress(
+            loaded.model, scheme, unknown_arch=options.unknown_arch, source=loaded.source, progress=progress
+        )
+    with compression:
         choice = compression.maker.choice
         if choice is not None:
             note(f"kvq: {choice.scheme}: {choice.summary()}")
+            for path in choice.kept:
+                note(f"kvq: kept in {path}")
         yield loaded
 
 

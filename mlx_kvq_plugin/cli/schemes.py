@@ -16,6 +16,7 @@ from ..errors import AllocationError, CodecError
 from ..layouts import STEPS
 from ..loading import LayerPlan, compress
 from ..planning import SchemePlan, plan_caches
+from ..progress import progress_bar
 from ..rotary import read_rotary
 from ..schemes import format_scheme, list_schemes, parse_scheme
 from .arguments import MODEL_HELP, UsageError, add_arch_option, add_command, note, positive
@@ -39,7 +40,7 @@ _MODIFIERS = {
 }
 _ALLOCATED = {
     "auto@3.25": "codecs chosen for each layer, at these all-in bits",
-    '"auto:kl<=0.02"': "the fewest bits with this predicted KL divergence, nats a token",
+    '"auto:kl<=0.02"': "the fewest bits with this KL divergence, nats a token, measured on texts of its own",
     "tq@2.5": "average bits of codes over KV heads; takes kvq calibrate",
 }
 DEFAULT_SCHEMES = ("tq4", "rvq1")
@@ -77,7 +78,9 @@ def _run_schemes(options: argparse.Namespace) -> int:
 
 def _plan(model: Any, scheme: str, unknown_arch: str, source: str) -> SchemePlan:
     try:
-        with compress(model, scheme, unknown_arch=unknown_arch, source=source) as compression:
+        with progress_bar() as progress:
+            compression = compress(model, scheme, unknown_arch=unknown_arch, source=source, progress=progress)
+        with compression:
             return plan_caches(compression.maker)
     except (CodecError, AllocationError) as error:  # a head size, bits or a divergence that codecs cannot do
         return SchemePlan(scheme, (), error=str(error))

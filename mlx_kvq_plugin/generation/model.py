@@ -77,7 +77,7 @@ class CausalLM:
             KVQError: as `kvq.compress`.
         """
         self.model, self.tokenizer = model, tokenizer
-        self._options = {"unknown_arch": unknown_arch, "source": source}
+        self._options: dict[str, Any] = {"unknown_arch": unknown_arch, "source": source}
         self._compression = None if kv_scheme is None else compress(model, kv_scheme, **self._options)
         self.generation_config = _generation_config(generation_config)
         if self.generation_config.eos_token_id is None and tokenizer is not None:
