@@ -72,9 +72,14 @@ TEXTS = {"documentation": documentation, "code": source_code, "story": story}
 LONG_TEXTS = {"documentation": documentation, "code": source_code, "licence": licence}  # 2,000 tokens at least
 
 
+def model_path(name: str) -> Path:
+    """The folder of a demo model, or `name` itself if it is a folder."""
+    return Path(name) if Path(name).is_dir() else kvq.demo_model_path(name)
+
+
 def load(name: str) -> tuple[Any, Any]:
-    """A demo model in float32 (half precision products are slow on CPUs) and its tokenizer."""
-    model, tokenizer = mlx_lm.load(str(kvq.demo_model_path(name)))
+    """A demo model or a folder's, in float32 (half precision products are slow on CPUs), and its tokenizer."""
+    model, tokenizer = mlx_lm.load(str(model_path(name)))
     model.set_dtype(mx.float32)
     return model, tokenizer
 
