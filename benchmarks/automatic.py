@@ -9,13 +9,10 @@ that the model writes itself: its source is a folder that holds config.json alon
 from __future__ import annotations
 
 import argparse
-import shutil
-import tempfile
 from typing import Any
 
-from common import TEXTS, load, machine, print_table, store
+from common import TEXTS, load, machine, print_table, store, uncalibrated
 
-import mlx_kvq_plugin as kvq
 from mlx_kvq_plugin.codecs import get_codec
 from mlx_kvq_plugin.ruler import head_dim, measure
 
@@ -33,8 +30,7 @@ def main() -> None:
         bits = f"{get_codec('tq3').bits_per_element(head_dim(model)):g}"
         schemes = [scheme for family in ("tq", "tcq") for scheme in (f"{family}3", f"auto@{bits},family={family}")]
         texts = {text: tokenizer.encode(TEXTS[text]()) for text in TEXTS}
-        with tempfile.TemporaryDirectory() as source:
-            shutil.copy(kvq.demo_model_path(name) / "config.json", source)
+        with uncalibrated(name) as source:
             for row in measure(model, texts, schemes, prefill=arguments.prefill, steps=arguments.steps, source=source):
                 own = row.overall
                 assert own is not None, row.error

@@ -101,6 +101,7 @@ def quality_tables() -> str:
             + ("\n\nNot possible on this model:\n\n" + "\n".join(failed) if failed else "")
         )
     parts.append(frontier())
+    parts.append(parts_worth())
     parts.append(f"## What settings are worth\n\n{_settings()}")
     texts, machine = ", ".join(found["texts"]), found["machine"]
     return f"Texts: {texts}; {found['prefill']} tokens prefilled, {found['steps']} steps; {machine}.\n\n" + "\n\n".join(
@@ -127,6 +128,19 @@ def frontier() -> str:
             ]
     head = ["model", "positions", "scheme", "bits", "KL mean", "median", "p99", "top-1", "perplexity (fp16)"]
     return f"## The frontier\n\nTexts at {'; '.join(dict.fromkeys(runs))}.\n\n{table(head, lines)}"
+
+
+def parts_worth() -> str:
+    """The recommended 3 bits with one part taken away or added."""
+    found = results("ablation")
+    lines = [
+        [TITLES[row["model"]], row["part"], f"`{row['scheme']}`", f"{row['bits']:.2f}", f"{row['ratio']:.2f}x"]
+        + [f"{row[key]:.4f}" for key in ("kl_mean", "kl_median")]
+        + [f"{row['kl_p99']:.3f}", f"{row['top1']:.1%}"]
+        for row in found["rows"]
+    ]
+    head = ["model", "part", "scheme", "bits", "ratio in 16 bits", "KL mean", "median", "p99", "top-1"]
+    return f"## What each part is worth\n\n{table(head, lines)}"
 
 
 def _settings() -> str:
