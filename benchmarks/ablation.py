@@ -1,6 +1,6 @@
 """What each part of the recommended 3 bits is worth: `tcq3` with its defaults, and with one part taken away or added.
 
-    python benchmarks/ablation.py [--model smollm2 gemma3] [--texts documentation code story]
+    python benchmarks/ablation.py [--model smollm2 gemma3] [--texts code story]
 
 The ruler of `kvq eval`: 400 tokens of prefill, 200 single-token steps. Parts without an option are patched away: the
 scales of rotary pairs (all 1), the turning mean (the plain mean of the keys as they are stored, which does not turn, or
@@ -68,7 +68,7 @@ def patches() -> dict[str, AbstractContextManager[Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", default=["smollm2", "gemma3"])
-    parser.add_argument("--texts", nargs="+", default=["documentation", "code", "story"], choices=NAMES)
+    parser.add_argument("--texts", nargs="+", default=["code", "story"], choices=NAMES)
     parser.add_argument("--prefill", type=int, default=400)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--no-store", action="store_true", help="leave the stored results as they are")

@@ -88,18 +88,19 @@ def main() -> None:
             rows.append(row)
             kl = f"KL {row.overall.kl_mean:.4f}" if row.overall is not None else row.error
             print(f"{time.perf_counter() - start:5.0f} s {name} {row.scheme}: {row.bits:.2f} bits, {kl}", flush=True)
-        found = Measurement(name, tuple(texts), arguments.prefill, arguments.steps, machine(), "float32", tuple(rows))
+        title = Path(name).name
+        found = Measurement(title, tuple(texts), arguments.prefill, arguments.steps, machine(), "float32", tuple(rows))
         for line in table(found.rows, texts=False):
             print("  ".join(line))
         if arguments.schemes and not arguments.name:
             continue
-        label = f"{arguments.name or 'quality'}-{model_path(name).name if Path(name).is_dir() else name}"
+        label = f"{arguments.name or 'quality'}-{title}"
         RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / f"{label}.json").write_text(found.to_json() + "\n")
         if not arguments.schemes:
-            title = f"{name}: {len(texts)} texts, {arguments.prefill} tokens of prefill and {arguments.steps} steps"
+            what = f"{name}: {len(texts)} texts, {arguments.prefill} tokens of prefill and {arguments.steps} steps"
             plot_frontier(
-                [row for row in found.rows if row.scheme not in VARIANTS], DOCS / f"frontier-{name}.png", title
+                [row for row in found.rows if row.scheme not in VARIANTS], DOCS / f"frontier-{name}.png", what
             )
 
 

@@ -1,15 +1,19 @@
 """Weights that are hostile to quantized caches, though the model computes the same: how much worse do schemes get?
 
     python benchmarks/torture.py [--model smollm2 gemma3] [--schemes tq4 tq3 rvq1 mlx-affine4] [--torture constant]
+    python benchmarks/torture.py --torture constant --model smollm2 --schemes tq4 tq3 --prefill 100 --skip-to 1800
 
     constant  a vector of 5 times the norm of a key is added to all keys of a head after the rotary: softmax drops it
     pairs     every rotary pair of the keys is scaled by 2^-3 to 2^3, that of the queries by the inverse
     bias      k_proj gets a bias of 20 times the norm of a key in four channels: another model, measured against itself
+    bias2, bias5, bias10   the same, of 2, 5 and 10 times the norm; 20 times that of a channel is bias5 at head size 64
     values    one channel of every value head times 50, its columns of o_proj divided by 50
 
 `float16` rows are mlx-lm's own caches with keys and values rounded to float16: what the model itself cannot tell apart.
 All but `bias` leave every logit of mlx-lm's own caches as it is, up to rounding, which is checked. Figures are KL means
 in nats, one text, a prefill and single-token steps as in `kvq eval`, and their ratios to those of the untouched model.
+With `--skip-to` statistics are those of the prefill, a first chunk, and the steps come after so many tokens of the
+documentation, as in aging.py; rows go to results/torture-far.json.
 """
 
 from __future__ import annotations
@@ -18,10 +22,12 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
-from common import RESULTS, TEXTS, load, machine, print_table, store
+from aging import STEPS, measured
+from common import RESULTS, TEXTS, documentation, load, machine, print_table, store
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
 
 from mlx_kvq_plugin.cache import KVQCache
@@ -111,13 +117,13 @@ def pairs(model: Any, norm: float) -> Any:
     return replaced(changes)
 
 
-def bias(model: Any, norm: float) -> Any:
-    """Large biases in a few channels of every KV head."""
+def bias(model: Any, norm: float, times: float = BIAS) -> Any:
+    """Large biases in a few channels of every KV head, of so many times the norm of a key together."""
     changes = []
     for attention in attentions(model):
         _, kv_heads, dim = heads_of(attention)
         one = mx.zeros((kv_heads, dim))
-        one[:, 3 : 3 + CHANNELS] = BIAS * norm / CHANNELS**0.5
+        one[:, 3 : 3 + CHANNELS] = times * norm / CHANNELS**0.5
         changes.append((attention.k_proj, "bias", one.reshape(-1)))
     return replaced(changes)
 
@@ -140,6 +146,7 @@ TORTURES: dict[str, Callable[[Any, float], Any]] = {
     "pairs": pairs,
     "bias": bias,
     "values": values,
+    **{f"bias{times}": partial(bias, times=times) for times in (2, 5, 10)},
 }
 
 
@@ -167,14 +174,20 @@ def kl_means(model: Any, ids: list[int], schemes: list[str], prefill: int, steps
     return {"float16": rounded(model, ids, steps), **{row.scheme: row.overall.kl_mean for row in rows}}
 
 
-def with_others(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """New rows, and the stored ones of models, tortures and schemes that they do not have, in the order stored."""
+def far_kl_means(model: Any, ids: list[int], schemes: list[str], prefill: int, skip_to: int) -> dict[str, float]:
+    """KL mean of every scheme far from the tokens of its statistics."""
+    found = {scheme: measured(model, scheme, ids, skip_to, [prefill])[prefill][0] for scheme in schemes}
+    return {"float16": rounded(model, ids, STEPS), **found}
 
-    def name(row: dict[str, Any]) -> tuple[str, ...]:
-        return row["model"], row["torture"], row["scheme"]
+
+def with_others(rows: list[dict[str, Any]], label: str) -> list[dict[str, Any]]:
+    """New rows, and the stored ones of what they do not have, in the order stored."""
+
+    def name(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["model"], row["torture"], row["scheme"], row.get("statistics_of"), row.get("steps_after")
 
     new = {name(row): row for row in rows}
-    path = RESULTS / "torture.json"
+    path = RESULTS / f"{label}.json"
     before = json.loads(path.read_text())["rows"] if path.exists() else []
     return [new.pop(name(row), row) for row in before] + list(new.values())
 
@@ -187,26 +200,35 @@ def main() -> None:
     parser.add_argument("--text", default="story", choices=list(TEXTS))
     parser.add_argument("--prefill", type=int, default=200)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--skip-to", type=int, help="tokens before the steps, 64 of them, of a long text")
     parser.add_argument("--no-store", action="store_true", help="leave the stored results as they are")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for name in arguments.model:
         model, tokenizer = load(name)
-        ids = list(tokenizer.encode(TEXTS[arguments.text]()))[: arguments.prefill + arguments.steps]
+        prefill, skip_to = arguments.prefill, arguments.skip_to
+        if skip_to:
+            ids = list(tokenizer.encode(documentation()))[: skip_to + STEPS]
+            kls = partial(far_kl_means, model, ids, arguments.schemes, prefill, skip_to)
+        else:
+            ids = list(tokenizer.encode(TEXTS[arguments.text]()))[: prefill + arguments.steps]
+            kls = partial(kl_means, model, ids, arguments.schemes, prefill, arguments.steps)
+        far = {"statistics_of": prefill, "steps_after": skip_to} if skip_to else {}
         norm, plain = key_norm(model, ids), stock_logprobs(model, ids)
-        before = kl_means(model, ids, arguments.schemes, arguments.prefill, arguments.steps)
+        before = kls()
         for torture in arguments.torture:
             with TORTURES[torture](model, norm):
                 moved = mx.mean(divergence(plain, stock_logprobs(model, ids))).item()
-                if torture != "bias" and moved > SAME:
+                if not torture.startswith("bias") and moved > SAME:
                     raise SystemExit(f"{torture} must leave {name} as it is, got {moved:.2g} nats with mlx-lm's caches")
-                after = kl_means(model, ids, arguments.schemes, arguments.prefill, arguments.steps)
+                after = kls()
             for scheme in before:
                 rows.append(
                     {
                         "model": name,
                         "torture": torture,
                         "scheme": scheme,
+                        **far,
                         "kl": float(f"{after[scheme]:.3g}"),
                         "untouched": float(f"{before[scheme]:.3g}"),
                         "ratio": round(after[scheme] / before[scheme], 2),
@@ -215,8 +237,9 @@ def main() -> None:
                 print(rows[-1], flush=True)
     print(machine())
     if not arguments.no_store:
-        store("torture", with_others(rows))
-    print_table(["model", "torture", "scheme", "KL", "untouched", "ratio"], [tuple(row.values()) for row in rows])
+        label = "torture-far" if arguments.skip_to else "torture"
+        store(label, with_others(rows, label))
+    print_table(list(rows[0]), [tuple(row.values()) for row in rows])
 
 
 if __name__ == "__main__":
