@@ -78,8 +78,7 @@ def main() -> None:
         model, tokenizer = load(name)
         texts = {text: tokens_of(text, tokenizer) for text in arguments.texts}
         bits = f"{get_codec('tq3').bits_per_element(head_dim(model)):g}"
-        automatic = [("automatic bits", f"auto@{bits},family=tcq"), ("automatic bits without trellis", f"auto@{bits}")]
-        named = dict(OPTIONS) | dict(automatic)
+        named = dict(OPTIONS) | {"bits of their own for every layer": f"auto@{bits},family=tcq"}
         runs = [(named, nullcontext()), *(({part: BASE}, change) for part, change in patches().items())]
         with uncalibrated(name) as source:
             for schemes, change in runs:
@@ -101,9 +100,9 @@ def main() -> None:
                     measured |= {"kl_median": own.kl_median, "kl_p99": own.kl_p99, "top1": own.top1}
                     rows.append({"model": name, "part": part, "scheme": row.scheme, **measured})
                     print(rows[-1], row.note, flush=True)
+        if not arguments.no_store:
+            store("ablation", rows)
     print(machine())
-    if not arguments.no_store:
-        store("ablation", rows)
     print_table(list(rows[0]), [tuple(row.values()) for row in rows])
 
 

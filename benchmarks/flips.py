@@ -3,8 +3,7 @@
     python benchmarks/flips.py [--model smollm2 gemma3] [--texts story german poetry] [--scheme tcq3]
 
 The lead of a position is how many nats its most likely token is ahead of the next one with mlx-lm's caches. 400 tokens
-of prefill and 200 single-token steps, each text by itself. Then the KL mean with keys alone and with values alone in
-the scheme's codec.
+of prefill and 200 single-token steps, each text by itself.
 """
 
 from __future__ import annotations
@@ -66,9 +65,6 @@ def main() -> None:
             row["flips"] = share(flipped, everywhere)
             row["flips_close"] = share(flipped, ahead < CLOSE)
             row["flips_sure"] = share(flipped, ahead > SURE)
-            for side, other in (("keys", f"k={scheme},v=fp16"), ("values", f"k=fp16,v={scheme}")):
-                alone = steps(model, other, ids, arguments.prefill)
-                row[f"kl_{side}"] = float(mx.mean(divergence(exact, alone)).item())
             rows.append(row)
             print(row, flush=True)
     print(machine())

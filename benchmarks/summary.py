@@ -166,11 +166,10 @@ def _flips() -> str:
     found = results("flips")
     lines = [
         [TITLES[row["model"]], row["text"], f"{row['entropy']:.2f}", f"{row['kl_mean']:.4f}"]
-        + [f"{row['kl_keys']:.4f}", f"{row['kl_values']:.4f}"]
         + [f"{row[key]:.1%}" for key in ("close", "flips", "flips_close", "flips_sure")]
         for row in found["rows"]
     ]
-    head = ["model", "text", "entropy, nats", "KL mean", "keys alone", "values alone"]
+    head = ["model", "text", "entropy, nats", "KL mean"]
     head += ["lead below 0.1 nats", "flips", "of these positions", "where the lead is above 0.5"]
     about = (
         "`python benchmarks/flips.py`: how many nats the most likely token is ahead of the next one with mlx-lm's "
