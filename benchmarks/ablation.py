@@ -1,6 +1,6 @@
 """What each part of the recommended 3 bits is worth: `tcq3` with its defaults, and with one part taken away or added.
 
-    python benchmarks/ablation.py [--model smollm2 gemma3] [--texts code story]
+    python benchmarks/ablation.py [--model smollm2 gemma3] [--texts documentation code story]
 
 The ruler of `kvq eval`: 400 tokens of prefill, 200 single-token steps. Parts without an option are patched away: the
 scales of rotary pairs (all 1), the turning mean (the plain mean of the keys as they are stored, which does not turn, or
@@ -16,7 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import mlx.core as mx
-from common import load, machine, print_table, store, uncalibrated
+from common import TEXTS, load, machine, print_table, store, uncalibrated
 from texts import NAMES, tokens_of
 
 from mlx_kvq_plugin import cache, frame, rotation
@@ -58,6 +58,7 @@ def constant_mean(rotary: Rotary, mean: mx.array, left: mx.array, start: int) ->
 def patches() -> dict[str, AbstractContextManager[Any]]:
     """What no option takes away, by its name; each to be entered once."""
     return {
+        "nothing, in a forward of its own as the next rows": nullcontext(),
         "scales of rotary pairs": patch.object(cache, "fit_frame", unscaled),
         "turning mean: a constant one instead": patch.object(frame, "steady_part", constant_mean),
         "turning mean: none instead": patch.object(frame, "steady_part", no_mean),
@@ -68,7 +69,7 @@ def patches() -> dict[str, AbstractContextManager[Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", default=["smollm2", "gemma3"])
-    parser.add_argument("--texts", nargs="+", default=["code", "story"], choices=NAMES)
+    parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=NAMES)
     parser.add_argument("--prefill", type=int, default=400)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--no-store", action="store_true", help="leave the stored results as they are")
@@ -98,6 +99,7 @@ def main() -> None:
                     assert own is not None, row.error
                     measured = {"bits": row.bits, "ratio": row.ratio_16bit, "kl_mean": own.kl_mean}
                     measured |= {"kl_median": own.kl_median, "kl_p99": own.kl_p99, "top1": own.top1}
+                    measured["kl_texts"] = {text: one.fidelity.kl_mean for text, one in row.texts.items()}
                     rows.append({"model": name, "part": part, "scheme": row.scheme, **measured})
                     print(rows[-1], row.note, flush=True)
         if not arguments.no_store:

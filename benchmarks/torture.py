@@ -6,8 +6,8 @@
     constant  a vector of 5 times the norm of a key is added to all keys of a head after the rotary: softmax drops it
     pairs     every rotary pair of the keys is scaled by 2^-3 to 2^3, that of the queries by the inverse
     bias      k_proj gets a bias of 20 times the norm of a key in four channels: another model, measured against itself
-    bias0.5, bias1, bias2, bias5, bias10   the same, of fewer times the norm; 20 times that of a channel is bias5 at head
-              size 64
+    bias0.5, bias1, bias2, bias5, bias10   the same, of so many times the norm (20 times that of a channel is bias5 at
+              head size 64)
     values    one channel of every value head times 50, its columns of o_proj divided by 50
 
 `float16` rows are mlx-lm's own caches with keys and values rounded to float16: what the model itself cannot tell apart.
