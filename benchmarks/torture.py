@@ -13,6 +13,7 @@
 `float16` rows are mlx-lm's own caches with keys and values rounded to float16: what the model itself cannot tell apart.
 All but `bias` leave every logit of mlx-lm's own caches as it is, up to rounding, which is checked. Figures are KL means
 in nats, one text, a prefill and single-token steps as in `kvq eval`, and their ratios to those of the untouched model.
+For biases also the error of the scores `q . k` times the scale, in nats (attention_errors.py).
 With `--skip-to` statistics are those of the prefill, a first chunk, and the steps come after so many tokens of the
 documentation, as in aging.py; rows go to results/torture-far.json.
 """
@@ -31,7 +32,9 @@ from aging import STEPS, measured
 from common import RESULTS, TEXTS, documentation, load, machine, print_table, store
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
 
+from mlx_kvq_plugin.attention_errors import attention_errors
 from mlx_kvq_plugin.cache import KVQCache
+from mlx_kvq_plugin.contenders import affine_bits
 from mlx_kvq_plugin.evaluation import divergence, logprobs
 from mlx_kvq_plugin.ruler import measure
 
@@ -181,6 +184,16 @@ def far_kl_means(model: Any, ids: list[int], schemes: list[str], prefill: int, s
     return {"float16": rounded(model, ids, STEPS), **found}
 
 
+def score_errors(model: Any, ids: list[int], schemes: list[str]) -> dict[str, float]:
+    """Errors of the scores in nats, root mean square over ranges of distance, of schemes of this package."""
+    found = {}
+    for scheme in schemes:
+        errors = attention_errors(model, ids, scheme) if affine_bits(scheme) is None else None
+        if errors is not None:
+            found[scheme] = (sum(one.value**2 for one in errors.distances) / len(errors.distances)) ** 0.5
+    return found
+
+
 def with_others(rows: list[dict[str, Any]], label: str) -> list[dict[str, Any]]:
     """New rows, and the stored ones of what they do not have, in the order stored."""
 
@@ -217,13 +230,19 @@ def main() -> None:
         far = {"statistics_of": prefill, "steps_after": skip_to} if skip_to else {}
         norm, plain = key_norm(model, ids), stock_logprobs(model, ids)
         before = kls()
+        biased = any(torture.startswith("bias") for torture in arguments.torture)
+        scores = score_errors(model, ids, arguments.schemes) if biased else {}
         for torture in arguments.torture:
             with TORTURES[torture](model, norm):
                 moved = mx.mean(divergence(plain, stock_logprobs(model, ids))).item()
                 if not torture.startswith("bias") and moved > SAME:
                     raise SystemExit(f"{torture} must leave {name} as it is, got {moved:.2g} nats with mlx-lm's caches")
                 after = kls()
+                scores_after = score_errors(model, ids, arguments.schemes) if torture.startswith("bias") else {}
             for scheme in before:
+                errors = {}
+                if scheme in scores_after:
+                    errors = {"scores": round(scores_after[scheme], 3), "scores_untouched": round(scores[scheme], 3)}
                 rows.append(
                     {
                         "model": name,
@@ -233,6 +252,7 @@ def main() -> None:
                         "kl": float(f"{after[scheme]:.3g}"),
                         "untouched": float(f"{before[scheme]:.3g}"),
                         "ratio": round(after[scheme] / before[scheme], 2),
+                        **errors,
                     }
                 )
                 print(rows[-1], flush=True)
@@ -240,7 +260,8 @@ def main() -> None:
     if not arguments.no_store:
         label = "torture-far" if arguments.skip_to else "torture"
         store(label, with_others(rows, label))
-    print_table(list(rows[0]), [tuple(row.values()) for row in rows])
+    head = list(dict.fromkeys(key for row in rows for key in row))
+    print_table(head, [[row.get(key, "") for key in head] for row in rows])
 
 
 if __name__ == "__main__":
