@@ -26,16 +26,16 @@ from mlx_kvq_plugin.ruler import head_dim, measure
 
 BASE = "tcq3"
 OPTIONS = (
-    ("nothing: the recommended 3 bits", BASE),
-    ("trellis", "tq3"),
-    ("key frame", f"{BASE},frame=off"),
-    ("matched scales of tokens", f"{BASE},scaling=least_squares"),
-    ("first 4 tokens in 16 bits", f"{BASE},sinks=0"),
-    ("newest 16 tokens in 16 bits", f"{BASE},recent=0"),
-    ("all of these", "tq3,frame=off,scaling=least_squares,sinks=0,recent=0"),
-    ("one bit", "tcq2"),
+    ("as it is", BASE),
+    ("without the trellis", "tq3"),
+    ("without the key frame", f"{BASE},frame=off"),
+    ("without matched scales of tokens", f"{BASE},scaling=least_squares"),
+    ("without dense first tokens", f"{BASE},sinks=0"),
+    ("without dense newest tokens", f"{BASE},recent=0"),
+    ("without all five", "tq3,frame=off,scaling=least_squares,sinks=0,recent=0"),
+    ("one bit less", "tcq2"),
     ("one bit more", "tcq4"),
-    ("first and last 2 layers in 16 bits", f"{BASE},edges=2"),
+    ("with the outer 2 + 2 layers in 16 bits", f"{BASE},edges=2"),
 )
 
 
@@ -58,11 +58,11 @@ def constant_mean(rotary: Rotary, mean: mx.array, left: mx.array, start: int) ->
 def patches() -> dict[str, AbstractContextManager[Any]]:
     """What no option takes away, by its name; each to be entered once."""
     return {
-        "nothing, in a forward of its own as the next rows": nullcontext(),
-        "scales of rotary pairs": patch.object(cache, "fit_frame", unscaled),
-        "turning mean: a constant one instead": patch.object(frame, "steady_part", constant_mean),
-        "turning mean: none instead": patch.object(frame, "steady_part", no_mean),
-        "rotation": patch.object(rotation, "_labels", lambda *_: []),
+        "as it is, measured alone like the next rows": nullcontext(),
+        "without the scales of rotary pairs": patch.object(cache, "fit_frame", unscaled),
+        "with a constant mean for the turning one": patch.object(frame, "steady_part", constant_mean),
+        "without a mean": patch.object(frame, "steady_part", no_mean),
+        "without the rotation": patch.object(rotation, "_labels", lambda *_: []),
     }
 
 
@@ -79,7 +79,7 @@ def main() -> None:
         model, tokenizer = load(name)
         texts = {text: tokens_of(text, tokenizer) for text in arguments.texts}
         bits = f"{get_codec('tq3').bits_per_element(head_dim(model)):g}"
-        named = dict(OPTIONS) | {"bits of their own for every layer": f"auto@{bits},family=tcq"}
+        named = dict(OPTIONS) | {"with bits of its own for every layer": f"auto@{bits},family=tcq"}
         runs = [(named, nullcontext()), *(({part: BASE}, change) for part, change in patches().items())]
         with uncalibrated(name) as source:
             for schemes, change in runs:
