@@ -76,6 +76,7 @@ def filled(scheme: str, tokens: int, heads: int, dim: int, rotary: Rotary) -> KV
     cache.dense_values = mx.random.normal(cache.dense_keys.shape).astype(mx.bfloat16)
     mean = mx.random.normal((1, heads, 1, dim))
     cache.frame = KeyFrame(rotary, mean, mx.ones((1, heads, 1, dim - rotary.pairs)), mx.zeros_like(mean))
+    cache.value_scale = mx.ones((1, heads, 1, dim))
     cache._frozen, cache._packed, cache._dense, cache.offset = True, packed, dense, tokens
     mx.eval(cache.key_planes, cache.value_planes, cache.dense_keys, cache.dense_values, cache.frame.arrays())
     return cache

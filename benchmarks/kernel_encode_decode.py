@@ -66,7 +66,8 @@ def random_cache(
         scale = mx.exp(0.5 * mx.random.normal((batch, heads, 1, dims[0] - rotary.pairs)))
         mean, constant = (5 * mx.random.normal((batch, heads, 1, dims[0])) for _ in range(2))
         cache.frame = KeyFrame(rotary, mean, scale, constant)
-        mx.eval(cache.frame.arrays())
+        cache.value_scale = mx.exp(0.5 * mx.random.normal((batch, heads, 1, dims[1])))
+        mx.eval(cache.frame.arrays(), cache.value_scale)
     mx.eval(cache.dense_keys, cache.dense_values)
     return cache
 
@@ -77,7 +78,7 @@ def encoded_plainly(cache: KVQCache, start: int, count: int) -> tuple[dict[str, 
     keys, values = (x[..., start : start + count, :] for x in (cache.dense_keys, cache.dense_values))
     if cache.frame is not None:
         keys = cache.frame.encode(keys, cache.offset - cache._dense + start)
-    return cache.key_codec.encode(keys), cache.value_codec.encode(values)
+    return cache.key_codec.encode(keys), cache.value_codec.encode(cache.scaled_values(values))
 
 
 def compacted_plainly(x: mx.array, start: int, count: int, dense: int, capacity: int) -> mx.array:

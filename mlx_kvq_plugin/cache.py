@@ -26,6 +26,7 @@ from .kernels.encode import encode_block, why_not_encode
 from .planes import Rows, expanded, shared_planes, with_new_rows, without_newest
 from .rotary import Rotary, no_rotation
 from .routing import RouteLease
+from .value_scale import fit_value_scale
 
 if TYPE_CHECKING:
     from .attention import AttendArgs
@@ -77,6 +78,7 @@ class KVQCache(_BaseCache):
         self.key_codec, self.value_codec = spec.key_codec, spec.value_codec
         self.exact = self.key_codec.exact and self.value_codec.exact  # decoding gives back the input bit for bit
         self.uses_frame = spec.framed  # whether keys are encoded in the rotary frame
+        self.scales_values = spec.scales_values
         self._group = math.lcm(self.key_codec.group, self.value_codec.group)
         self.growth = Growth.of(self.key_codec, self.value_codec)
         self.block = math.lcm(self.growth.block, self._group)  # tokens between two encodings during decoding
@@ -100,7 +102,9 @@ class KVQCache(_BaseCache):
         self.key_statistics: Planes = {}
         self.value_statistics: Planes = {}
         self.frame: KeyFrame | None = None
-        self._frozen = False  # whether frame and codec statistics are fitted
+        self.value_scale: mx.array | None = None
+        self._frame_rows: mx.array | None = None
+        self._frozen = False  # whether frame, scales and codec statistics are fitted
         self._query_energy: mx.array | None = None
         self._step_energy: mx.array | None = None  # the same per token, of a step whose tokens may be trimmed
         self._newest = 0  # tokens of the newest call
@@ -130,6 +134,7 @@ class KVQCache(_BaseCache):
 
     def _arrays(self) -> list[mx.array]:
         found = [self.dense_keys, self.dense_values, self._query_energy, self._step_energy]
+        found += [self.value_scale, self._frame_rows]
         for planes in (self.key_planes, self.value_planes, self.key_statistics, self.value_statistics):
             found += planes.values()
         if self.frame is not None:
@@ -295,13 +300,13 @@ class KVQCache(_BaseCache):
         return view, keys, values
 
     def _tokens_to_freeze(self) -> int:
-        """Dense tokens that the statistics of frame and codecs need."""
-        if not (self.uses_frame or self.key_codec.fitted or self.value_codec.fitted):
+        """Dense tokens that the statistics of frame, scales and codecs need."""
+        if not (self.uses_frame or self.scales_values or self.key_codec.fitted or self.value_codec.fitted):
             return 0
         return MIN_TOKENS + max(0, SKIP_TOKENS - (self.offset - self.held))
 
     def _freeze(self) -> bool:
-        """Fit frame and codec statistics from the dense tokens; False while there are too few for the frame."""
+        """Fit frame, scales and codec statistics from the dense tokens; False while there are too few for them."""
         assert self.dense_keys is not None and self.dense_values is not None
         needed = self._tokens_to_freeze()
         if self._dense < needed:
@@ -322,8 +327,23 @@ class KVQCache(_BaseCache):
         else:
             body = keys[..., skip:, :]
         self.key_statistics = self.key_codec.fit(body)
-        self.value_statistics = self.value_codec.fit(values[..., skip:, :])
+        values = values[..., skip:, :]
+        self.value_scale = fit_value_scale(values) if self.scales_values else None
+        self.value_statistics = self.value_codec.fit(self.scaled_values(values))
+        self._frame_rows = None
         return True
+
+    def scaled_values(self, values: mx.array) -> mx.array:
+        """Values `(B, Hkv, L, D)` as the codec gets them: float32 where their channels have scales."""
+        return values if self.value_scale is None else values.astype(mx.float32) / self.value_scale
+
+    def frame_rows(self) -> mx.array:
+        """For kernels, of every head: what `KeyFrame.joined` gives, then the scales of values; float32, kept."""
+        if self._frame_rows is None:
+            parts = [] if self.frame is None else [self.frame.joined()]
+            parts += [] if self.value_scale is None else [self.value_scale]
+            self._frame_rows = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+        return self._frame_rows
 
     def _pack(self, count: int) -> None:
         """Encode the `count` dense tokens after the sinks and drop them from the dense buffers."""
@@ -353,7 +373,7 @@ class KVQCache(_BaseCache):
         )
         return (
             cache.key_codec.encode(keys, cache.key_statistics),
-            cache.value_codec.encode(values, cache.value_statistics),
+            cache.value_codec.encode(cache.scaled_values(values), cache.value_statistics),
             dense_keys,
             dense_values,
         )
@@ -473,7 +493,7 @@ class KVQCache(_BaseCache):
         )
         if self.frame is not None:
             past_keys = self.frame.decode(past_keys, self.packed_position)
-        past_values = self.value_codec.decode(value_planes, values.shape[-1], values.dtype, self.value_statistics)
+        past_values = self.decoded_values(value_planes, values.shape[-1], values.dtype)
         sinks = self.sink_tokens
 
         def joined(dense: mx.array, past: mx.array) -> mx.array:
@@ -481,6 +501,14 @@ class KVQCache(_BaseCache):
             return mx.concatenate(parts[1:] if sinks == 0 else parts, axis=2)
 
         return joined(keys, past_keys), joined(values, past_values)
+
+    def decoded_values(self, planes: Planes, dim: int, dtype: mx.Dtype) -> mx.array:
+        """Values `(B, Hkv, S, dim)` of planes in a dtype."""
+        scale = self.value_scale
+        found: mx.array = self.value_codec.decode(
+            planes, dim, dtype if scale is None else mx.float32, self.value_statistics
+        )
+        return found if scale is None else (found * scale).astype(dtype)
 
     def attention_tokens(self) -> tuple[mx.array, mx.array]:
         """`decode_all`, in the order in which mlx-lm's own cache would return the tokens."""
@@ -534,7 +562,8 @@ class KVQCache(_BaseCache):
         """Without packed tokens nothing depends on the statistics: the next ones are fitted afresh."""
         self.key_planes, self.value_planes = {}, {}
         self.key_statistics, self.value_statistics = {}, {}
-        self.frame, self._frozen, self._packed_start, self._rows = None, False, 0, {}
+        self.frame, self.value_scale, self._frame_rows = None, None, None
+        self._frozen, self._packed_start, self._rows = False, 0, {}
         if self._dense == 0:
             self._query_energy = self._step_energy = None
 

@@ -19,7 +19,7 @@ from .frame import KeyFrame
 if TYPE_CHECKING:
     from .cache import KVQCache
 
-VERSION = 2  # since then frames have a constant
+VERSION = 3  # frames have a constant since 2, channels of values have scales since 3
 
 
 def pad_tokens(x: mx.array, count: int) -> mx.array:
@@ -39,6 +39,8 @@ def state_of(cache: KVQCache) -> dict[str, Any]:
         state["key_planes"], state["value_planes"] = cache.live_planes(views=True)
     if cache.frame is not None:
         state["frame"] = {name: getattr(cache.frame, name) for name in ("mean", "scale", "constant")}
+    if cache.value_scale is not None:
+        state["value_scale"] = cache.value_scale
     for name in ("key_statistics", "value_statistics"):
         if getattr(cache, name):
             state[name] = dict(getattr(cache, name))
@@ -113,6 +115,10 @@ def restore(cache: KVQCache, meta: dict[str, Any], state: dict[str, Any]) -> Non
         mean, scale = state["frame"]["mean"], state["frame"]["scale"]
         constant = state["frame"].get("constant")  # states of version 1 have none
         cache.frame = KeyFrame(cache.rotary, mean, scale, mx.zeros_like(mean) if constant is None else constant)
+    cache.value_scale = state.get("value_scale")
+    if cache.scales_values and cache._frozen and cache.value_scale is None and cache.dense_values is not None:
+        B, H, _, D = cache.dense_values.shape  # states before version 3 have none
+        cache.value_scale = mx.ones((B, H, 1, D))
     cache.key_statistics = dict(state.get("key_statistics", {}))
     cache.value_statistics = dict(state.get("value_statistics", {}))
     cache._query_energy = state.get("query_energy")

@@ -220,6 +220,11 @@ class LayerSpec:
         """Whether keys are encoded in the rotary frame, from which they come as float32; raises `CodecError`."""
         return self.frame and not self.key_codec.exact
 
+    @property
+    def scales_values(self) -> bool:
+        """Whether values are divided by scales of their channels (value_scale.py); raises `CodecError`."""
+        return self.frame and self.value_codec.mixes_channels
+
     def bits_per_element(self, key_dim: int, value_dim: int, dtype: str = "float16") -> tuple[float, float]:
         """All-in bits of packed keys and of values, for keys and values of `dtype`; raises `CodecError`."""
         keys = self.key_codec.bits_per_element(key_dim, "float32" if self.framed else dtype)

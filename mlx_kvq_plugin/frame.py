@@ -12,7 +12,7 @@ rotary pairs), KVQuant (keys before RoPE). Removing R_n mu instead of a constant
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -36,25 +36,22 @@ class KeyFrame:
     mean: mx.array
     scale: mx.array
     constant: mx.array
-    _joined: mx.array | None = field(default=None, init=False)
 
     def joined(self) -> mx.array:
-        """`mean`, `constant`, `scale` and up to three zeros of every head, `(B, Hkv, 1, ...)`, for kernels; kept.
+        """`mean`, `constant`, `scale` and up to three zeros of every head, `(B, Hkv, 1, ...)`, for kernels.
 
         Rows are multiples of 16 bytes, as kernels load so many at a time.
         """
-        if self._joined is None:
-            filling = mx.zeros((*self.scale.shape[:3], -self.scale.shape[3] % 4))
-            self._joined = mx.concatenate([self.mean, self.constant, self.scale, filling], axis=-1)
-        return self._joined
+        filling = mx.zeros((*self.scale.shape[:3], -self.scale.shape[3] % 4))
+        return mx.concatenate([self.mean, self.constant, self.scale, filling], axis=-1)
 
     def arrays(self) -> list[mx.array]:
         """All arrays that are held."""
-        return [self.mean, self.scale, self.constant] + ([] if self._joined is None else [self._joined])
+        return [self.mean, self.scale, self.constant]
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: 2.5 D float32 per head at full rotation, twice that where kernels read it."""
+        """Bytes held: 2.5 D float32 per head at full rotation; a cache holds them once more where kernels read them."""
         return sum(array.nbytes for array in self.arrays())
 
     def channel_scale(self) -> mx.array:

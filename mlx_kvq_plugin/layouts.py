@@ -118,6 +118,8 @@ def _packed_layout(geometry: LayerGeometry, cache: KVQCache, token: int, dtype: 
     statistics = keys.statistics_nbytes(dim) + values.statistics_nbytes(geometry.value_dim)
     if cache.uses_frame:  # float32: the mean key, what of it does not turn, and a scale per rotary pair
         statistics += 4 * (3 * dim - cache.rotary.pairs)
+    if cache.scales_values:
+        statistics += 4 * geometry.value_dim
     return PackedLayout(
         token=token,
         planes=rows(keys, dim, "float32" if cache.uses_frame else dtype) + rows(values, geometry.value_dim, dtype),
@@ -128,7 +130,7 @@ def _packed_layout(geometry: LayerGeometry, cache: KVQCache, token: int, dtype: 
         statistics=round(heads * statistics),
         sinks=cache.spec.sinks,
         recent=cache.spec.recent,
-        needed=MIN_TOKENS if cache.uses_frame or keys.fitted or values.fitted else 0,
+        needed=MIN_TOKENS if cache.uses_frame or cache.scales_values or keys.fitted or values.fitted else 0,
         prefill=cache.spec.compress_after == "prefill",
         window=cache.max_size if isinstance(cache, SlidingKVQCache) else None,
         shared=cache.shared,

@@ -72,6 +72,8 @@ def attend_packed(args: AttendArgs) -> mx.array:
         part = cache.value_codec.weighted_sum(part, planes, Dv, cache.value_statistics)
         sums.append(sums[-1] + part if sums else part)
     output = cache.value_codec.untransform_output(sums[-1], cache.value_statistics)
+    if cache.value_scale is not None:
+        output = output * cache.value_scale.astype(output.dtype)
     dense_output = weights[..., :count] @ dense_values.astype(dtype)
     if total is None:
         return (output + dense_output).reshape(B, Hq, L, Dv).astype(queries.dtype)

@@ -224,8 +224,8 @@ def recoded(cache: KVQCache, keys: mx.array, values: mx.array, start: int) -> tu
     decoded = cache.key_codec.decode(codes, keys.shape[-1], mx.float32, cache.key_statistics)
     if cache.frame is not None:
         decoded = cache.frame.decode(decoded, start)
-    codes = cache.value_codec.encode(values, cache.value_statistics)
-    return decoded, cache.value_codec.decode(codes, values.shape[-1], mx.float32, cache.value_statistics)
+    codes = cache.value_codec.encode(cache.scaled_values(values), cache.value_statistics)
+    return decoded, cache.decoded_values(codes, values.shape[-1], mx.float32)
 
 
 def _relative(error: mx.array, x: mx.array) -> Heads:

@@ -32,6 +32,7 @@ from .frame import SKIP_TOKENS, fit_frame, query_energy
 from .growth import BLOCK
 from .loading import LayerPlan
 from .packed_attention import masked_scores, softmax_weights
+from .value_scale import fit_value_scale
 
 Array = npt.NDArray[np.float64]
 
@@ -148,7 +149,8 @@ def measure_sensitivities(
         x, key_gradient = frame.encode(keys, 0), frame.scale_queries(key_gradient)
         dense = member.spec.sinks
         found[KEY, plan.index] = _sensitivity(x, key_gradient, keys, dense)
-        found[VALUE, plan.index] = _sensitivity(values, value_gradient, values, dense)
+        scale = fit_value_scale(values[:, :, SKIP_TOKENS:])
+        found[VALUE, plan.index] = _sensitivity(values / scale, value_gradient * scale, values, dense)
     return found
 
 

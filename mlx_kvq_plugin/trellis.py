@@ -35,7 +35,7 @@ log = logging.getLogger("mlx_kvq_plugin")
 
 MEMORY = 8  # trellis bits that the register holds besides the newest
 STATES = 2**MEMORY
-AROUND = 32  # channels before and after the first that decide about the state there
+AROUND = 32  # channels before and after the first that decide about the state there, a multiple of 8
 _SLICE = 1024  # tokens that are encoded at a time: backpointers take a byte for each channel, state and token
 
 _WIDE, _NARROW = (0x26, 0xA8, 0x1A5), (0xA6, 0x11D)

@@ -120,6 +120,8 @@ def in_float64(args: AttendArgs, byte_levels: bool = False) -> Any:
     if cache.frame is not None:
         keys = cache.frame.decode(keys, cache.packed_position)
     values = decoded(cache.value_codec, value_planes, dense_values.shape[-1], cache.value_statistics, byte_levels)
+    if cache.value_scale is not None:
+        values = values * cache.value_scale
     sinks = cache.sink_tokens
     k, v = (
         np.concatenate([dense[:, :, :sinks], np.array(past, np.float64), dense[:, :, sinks:]], axis=2)

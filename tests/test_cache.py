@@ -200,7 +200,7 @@ class LossyHistory(RuleBasedStateMachine):
             keys, values = (x[:, :, first : first + count] for x in (self.keys, self.values))
             keys = keys if cache.frame is None else cache.frame.encode(keys, first)
             expected_keys = cache.key_codec.encode(keys, cache.key_statistics)
-            expected_values = cache.value_codec.encode(values, cache.value_statistics)
+            expected_values = cache.value_codec.encode(cache.scaled_values(values), cache.value_statistics)
             found_keys, found_values = cache.packed_planes()
             for found, expected in ((found_keys, expected_keys), (found_values, expected_values)):
                 assert list(found) == list(expected)
@@ -651,21 +651,22 @@ def test_a_restored_cache_goes_on_like_the_original(kind, tokens):
 
 def test_a_state_of_a_newer_version_is_refused():
     state = KVQCache(LayerSpec("tq4", "tq4")).state
-    state["meta"] = state["meta"].replace('"version": 2}', '"version": 3}')
-    assert '"version": 3}' in state["meta"]
-    with pytest.raises(CacheStateError, match="version 2 or less, got 3"):
+    state["meta"] = state["meta"].replace('"version": 3}', '"version": 4}')
+    assert '"version": 4}' in state["meta"]
+    with pytest.raises(CacheStateError, match="version 3 or less, got 4"):
         KVQCache.from_state(state)
 
 
 @pytest.mark.parametrize("kind", [0, 1])
-def test_a_state_of_version_1_has_a_constant_of_zero(kind):
+def test_a_state_of_version_1_has_a_constant_of_zero_and_scales_of_one(kind):
     keys, values = tokens_like_keys(31, 300), tokens_like_values(31, 300)
     cache = both_kinds()[kind]
     feed(cache, keys, values, 300)
     state = cache.state
-    del state["frame"]["constant"]
-    state["meta"] = state["meta"].replace('"version": 2}', '"version": 1}')
+    del state["frame"]["constant"], state["value_scale"]
+    state["meta"] = state["meta"].replace('"version": 3}', '"version": 1}')
     other = type(cache).from_state(state)
+    assert mx.array_equal(other.value_scale, mx.ones((1, 2, 1, D)))
     assert mx.array_equal(other.frame.constant, mx.zeros((1, 2, 1, D)))
     for a, b in zip(other.decode_all(), cache.decode_all(), strict=True):
         assert mx.array_equal(a, b)

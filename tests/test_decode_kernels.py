@@ -41,6 +41,8 @@ def expected(cache: KVQCache) -> tuple[Any, Any]:
     keys, values = cache.live_planes()
     past_keys = decoded(cache.key_codec, keys, cache.dense_keys.shape[3])
     past_values = decoded(cache.value_codec, values, cache.dense_values.shape[3])
+    if cache.value_scale is not None:
+        past_values *= in_float64(cache.value_scale)
     if cache.frame is not None:
         past_keys /= in_float64(cache.frame.channel_scale())
         past_keys += turned_mean(cache.frame, cache.packed_position, cache.packed_tokens)
@@ -52,9 +54,10 @@ def expected(cache: KVQCache) -> tuple[Any, Any]:
     return joined[0], joined[1]
 
 
-def sizes(x: Any) -> Any:
-    """Norms of tokens: what float32 loses in a channel is in proportion to them."""
-    return np.linalg.norm(x, axis=-1, keepdims=True)
+def sizes(x: Any, scale: mx.array | None) -> Any:
+    """Norms of tokens, channels in equal measure: what float32 loses in a channel is in proportion to them."""
+    s = 1.0 if scale is None else in_float64(scale)
+    return s * np.linalg.norm(x / s, axis=-1, keepdims=True)
 
 
 def errors(got: mx.array, expected: Any, size: Any) -> Any:
@@ -71,10 +74,13 @@ def check(kind: Kind, shape: Shape, on: str) -> None:
     first = draw.randint(0, shape.heads)
     count = draw.randint(1, shape.heads - first + 1)
     found = decode_heads(cache, first, count, on)
-    for got, plain, exact, dim in zip(found, cache.decode_all(), expected(cache), kind.dims, strict=True):
+    scales = None, None if cache.value_scale is None else cache.value_scale[:, first : first + count]
+    for got, plain, exact, dim, scale in zip(
+        found, cache.decode_all(), expected(cache), kind.dims, scales, strict=True
+    ):
         plain, exact = plain[:, first : first + count], exact[:, first : first + count]
         assert got.shape == (shape.batch, count, shape.packed + shape.dense, dim) and got.dtype == kind.dtype
-        size = sizes(exact)
+        size = sizes(exact, scale)
         assert np.all(errors(got, exact, size) <= 1)
         difference = np.abs(in_float64(got) - in_float64(plain))
         assert np.all(difference <= 2.01 * ROUNDING[got.dtype] * np.abs(exact) + 32 * 2.0**-24 * size + 1.2e-7)
@@ -116,7 +122,7 @@ def test_one_wrong_code_fails_the_comparison(kind: Kind, on: str) -> None:
             planes[name] = mx.array(wrong)
             got = decode_heads(cache, 0, 2, on)[side == "value"]
             planes[name] = right
-            off = errors(got, exact, sizes(exact))[0]
+            off = errors(got, exact, sizes(exact, None))[0]
             place = cache.sink_tokens + token
             assert np.all(off[head, place].max() > 10), name
             off[head, place] = 0

@@ -56,12 +56,14 @@ def encoded_plainly(cache: KVQCache, start: int, count: int) -> tuple[Planes, Pl
     keys, values = (x[..., start : start + count, :] for x in (cache.dense_keys, cache.dense_values))
     if cache.frame is not None:
         keys = cache.frame.encode(keys, position_of(cache, start))
-    return cache.key_codec.encode(keys), cache.value_codec.encode(values)
+    return cache.key_codec.encode(keys), cache.value_codec.encode(cache.scaled_values(values))
 
 
 def tokens_in_float64(cache: KVQCache, start: int, count: int) -> tuple[Any, Any, Any]:
     """Keys in the frame and values, as they are encoded, and how large what was subtracted from keys was."""
     keys, values = (in_float64(x[..., start : start + count, :]) for x in (cache.dense_keys, cache.dense_values))
+    if cache.value_scale is not None:
+        values = values / in_float64(cache.value_scale)
     if cache.frame is None:
         return keys, values, 0.0
     scale = in_float64(cache.frame.channel_scale())

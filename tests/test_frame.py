@@ -269,8 +269,6 @@ def test_dead_pairs_get_finite_scales() -> None:
 def test_bytes_are_two_and_a_half_float32_rows_a_head() -> None:
     frame = some_frame(ROTARIES["half"])
     assert frame.nbytes == 2 * 3 * 2.5 * DIM * 4
-    frame.joined()
-    assert frame.nbytes == 2 * 2 * 3 * 2.5 * DIM * 4
 
 
 @every_rotary

@@ -29,6 +29,7 @@ class Kind:
     Attributes:
         pairs: rotary pairs; `None` for all channels.
         framed: whether keys are encoded in a frame.
+        scaled: whether channels of values have scales.
         scaling: of both codecs, empty for that of the scheme.
     """
 
@@ -38,6 +39,7 @@ class Kind:
     layout: str = "half"
     magnitude: float = 1.0
     framed: bool = True
+    scaled: bool = True
     dtype: Any = mx.float32
     scaling: str = ""
 
@@ -62,11 +64,11 @@ KINDS = [
     Kind("k=rvq2,v=tq3", (32, 32), dtype=mx.bfloat16, scaling=LEAST_SQUARES),
     Kind("k=tq2,v=rvq1", (256, 128), pairs=7, layout="interleaved", scaling=UNBIASED),
     Kind("k=tq5,v=tq6", (128, 32), pairs=0),
-    Kind("k=tq4,v=rvq2", (64, 256), framed=False, dtype=mx.float16, scaling=NORM),
+    Kind("k=tq4,v=rvq2", (64, 256), framed=False, scaled=False, dtype=mx.float16, scaling=NORM),
 ]
 TRELLIS_KINDS = [
     Kind("k=tcq3,v=tcq2", (128, 128), dtype=mx.bfloat16),
-    Kind("k=tcq4,v=tq3,seed=3", (64, 256), pairs=16, layout="interleaved"),
+    Kind("k=tcq4,v=tq3,seed=3", (64, 256), pairs=16, layout="interleaved", scaled=False),
     Kind("k=tcq1,v=tcq4", (32, 64), framed=False, dtype=mx.float16, scaling=NORM),
     Kind("k=tcq2,v=tcq3", (256, 256), pairs=7, scaling=LEAST_SQUARES),
     Kind("k=rvq1,v=tcq3", (128, 32), pairs=0, dtype=mx.float16),
@@ -126,6 +128,9 @@ def cache_of(kind: Kind, shape: Shape) -> KVQCache:
         constant = shape.norm * mx.random.normal(mean.shape, key=mx.random.key(shape.seed))
         constant = mx.where(mx.arange(kind.dims[0]) < 2 * kind.rotary.pairs, constant, 0.0)
         cache.frame = KeyFrame(kind.rotary, mean, scale, constant)
+    if kind.scaled:
+        drawn = mx.random.normal((B, H, 1, kind.dims[1]), key=mx.random.key(shape.seed + 1))
+        cache.value_scale = 0.5 * mx.exp(0.5 * drawn)
 
     def tokens(count: int, dim: int) -> mx.array:
         sizes = mx.exp(mx.random.normal((B, H, count, 1)))

@@ -98,6 +98,7 @@ class Codec:
     unbiased: ClassVar[bool] = False  # E[decode(encode(x))] is x for a random direction of x
     shrinkage: ClassVar[float | None] = None  # the slope of <y, x^> over <y, x> is 1 - shrinkage * E ||x - x^||^2
     fitted: ClassVar[bool] = False  # needs the statistics of `fit`
+    mixes_channels: ClassVar[bool] = False  # a loud channel costs all channels of its token, as a rotation spreads it
     values: ClassVar[bool] = True  # whether values can be stored with it, not only keys
     group: ClassVar[int] = 1  # tokens that are encoded together
     suffixes: ClassVar[tuple[str, ...]] = ("",)  # the suffixes that name a codec of the family, for messages

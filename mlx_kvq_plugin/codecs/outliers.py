@@ -32,6 +32,7 @@ class OutlierTurboQuant(Codec):
 
     family: ClassVar[str] = "tq"
     fitted: ClassVar[bool] = True
+    mixes_channels: ClassVar[bool] = True
 
     bits: int = 2
     count: int = 0

@@ -98,6 +98,10 @@ class PerHead(Codec):
         return any(part.codec.fitted for part in self.parts)
 
     @property
+    def mixes_channels(self) -> bool:  # type: ignore[override]
+        return any(part.codec.mixes_channels for part in self.parts)
+
+    @property
     def values(self) -> bool:  # type: ignore[override]
         return all(part.codec.values for part in self.parts)
 

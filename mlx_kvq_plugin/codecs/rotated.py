@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import mlx.core as mx
 
@@ -13,6 +14,8 @@ from . import NO_STATISTICS, Codec, Planes, Statistics
 @dataclass(frozen=True)
 class Rotated(Codec):
     """A codec that implements `planes`, `_encode` and `_rotated`."""
+
+    mixes_channels: ClassVar[bool] = True
 
     def _rotated(self, planes: Planes, dim: int) -> mx.array:
         """Decoded tokens `(B, Hkv, S, D)` float32 in the rotated domain."""

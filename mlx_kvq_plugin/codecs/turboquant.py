@@ -42,6 +42,7 @@ class TurboQuant(Codec):
     """`bits` bits a channel plus one 16-bit scale a token."""
 
     family: ClassVar[str] = "tq"
+    mixes_channels: ClassVar[bool] = True
     suffixes: ClassVar[tuple[str, ...]] = ("1", "2", "3", "4", "5", "6", "2.5", "3.5")
 
     bits: int = 4

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from ..codecs import Codec
-from ..frame import frame_size
 from ..rotary import BLOCK, Rotary
 from .build import CUDA, METAL, Kernel, backend, build, has_byte_products, merges_at_the_end, numbers
 from .byte_codes import has_bytes, key_bytes_text, value_bytes_text
 from .codes import CodeLayout, code_layout, key_text, value_text, why_not_codes
+from .lanes import frame_sizes
 from .launch import Launch
 from .tables import tables_of
 
@@ -49,6 +49,7 @@ class Call:
         mask_dtype: `bool` or `float`.
         sinks: dtype of attention-sink logits, or an empty string.
         pending: room for dense tokens that all rows of a batch keep in one array (batch.py), 0 without.
+        scales_values: whether channels of values have scales.
     """
 
     batch: int
@@ -67,6 +68,7 @@ class Call:
     mask_dtype: str
     sinks: str
     pending: int = 0
+    scales_values: bool = False
 
 
 def why_not_fused(cache: KVQCache, dim: int, value_dim: int) -> str:
@@ -187,7 +189,7 @@ class FusedPlan:
             "KVQ_MASK_HEADS": heads,
             "KVQ_MASK_QUERIES": queries,
             "KVQ_FRAME": self.rotary is not None,
-            "KVQ_FRAME_SIZE": frame_size(call.key_dim, pairs),
+            **frame_sizes(self.rotary, call.key_dim, call.value_dim if call.scales_values else 0),
             "KVQ_PAIRS": pairs,
             "KVQ_PAIR_STEPS": -(-pairs // 8),
             "KVQ_SHARED_TURNS": 0 < pairs <= 64 and self.columns * max(call.key_dim, call.value_dim) <= 1024,
@@ -209,7 +211,7 @@ class FusedPlan:
         for row in range(rows):
             inputs += _side_inputs("key", self.key_layout, row)
             inputs += _side_inputs("value", self.value_layout, row)
-            if self.rotary is not None:
+            if self.framed:
                 inputs.append(f"frame_{row}")
             inputs += [f"dense_keys_{row}", f"dense_values_{row}"]
         if call.pending:
@@ -232,13 +234,12 @@ class FusedPlan:
             for name, size in (("keys", "KVQ_DK"), ("values", "KVQ_DV")):
                 prologue += f"KVQ_DEVICE const {call.dense_dtype}* newest_{name} = "
                 prologue += f"pending_{name} + (batch * KVQ_HEADS + head) * KVQ_PENDING * {size};\n"
-        prologue += "KVQ_DEVICE const float* key_signs = tables;\n" + self._value_signs()
+        prologue += "KVQ_DEVICE const float* key_signs = tables;\n" + self._of_values()
         if self.rotary is not None:
             for name in ("inner", "block_turns"):
                 prologue += f"KVQ_DEVICE const float* {name} = tables + {getattr(self.tables, name)};\n"
             prologue += "KVQ_DEVICE const kvq_byte* inner_turns = (KVQ_DEVICE const kvq_byte*)"
             prologue += f"(tables + {self.tables.inner_turns});\n"
-            prologue += _chosen("float", "frame", "KVQ_FRAME_SIZE", call.rows)
             prologue += "KVQ_DEVICE const float* frame_mean = frame;\n"
             prologue += "KVQ_DEVICE const float* frame_steady = frame + KVQ_DK;\n"
             prologue += "KVQ_DEVICE const float* frame_scale = frame + 2 * KVQ_DK;\n"
@@ -268,21 +269,34 @@ class FusedPlan:
         )
 
     def _merge_kernel(self, on: str) -> Kernel:
+        call = self.call
+        frames = [f"frame_{row}" for row in range(max(1, call.rows))] if call.scales_values else []
         prologue = "const int batch = KVQ_GROUP_Z, head = KVQ_GROUP_Y, first_row = KVQ_GROUP_X;\n"
         prologue += f"const int splits = KVQ_NUMBER(numbers_0_shape[{NUMBERS.index('splits')}]);\n"
         return build(
             "merge",
-            ["partial", "numbers_0", "tables"],
+            ["partial", "numbers_0", "tables", *frames],
             ["output"],
             ["merge.h"],
             ["common.h"],
             self._defines(),
             on,
-            prologue=prologue + self._value_signs(),
+            prologue=prologue + self._of_values(),
         )
 
-    def _value_signs(self) -> str:
-        return f"KVQ_DEVICE const float* value_signs = tables + {self.tables.value_signs};\n"
+    @property
+    def framed(self) -> bool:
+        """Whether caches have rows of a frame, `KVQCache.frame_rows`."""
+        return self.rotary is not None or self.call.scales_values
+
+    def _of_values(self) -> str:
+        """Pointers to what turns sums of the transform domain into values, and to the frame if there is one."""
+        text = f"KVQ_DEVICE const float* value_signs = tables + {self.tables.value_signs};\n"
+        if self.framed:
+            text += _chosen("float", "frame", "KVQ_FRAME_SIZE", self.call.rows)
+        if self.call.scales_values:
+            text += "KVQ_DEVICE const float* value_channels = frame + KVQ_KEY_FRAME_SIZE;\n"
+        return text
 
     def _constant_sizes(self) -> None:
         call = self.call
@@ -329,8 +343,8 @@ class FusedPlan:
         for own in caches:
             arrays += [own.key_planes[name] for name in self.key_planes]
             arrays += [own.value_planes[name] for name in self.value_planes]
-            if own.frame is not None:
-                arrays.append(own.frame.joined())
+            if self.framed:
+                arrays.append(own.frame_rows())
             assert own.dense_keys is not None and own.dense_values is not None
             arrays += (own.dense_keys, own.dense_values)
         if pending is not None:
@@ -354,8 +368,11 @@ class FusedPlan:
         )
         if self.merge is None:
             return found[0]
+        count = len(sizes.constants)  # integers and tables, after which come queries, then the arrays of each sequence
+        frame, step = len(self.key_planes) + len(self.value_planes), (len(self.key_planes) + len(self.value_planes) + 3)
+        frames = [arrays[count + 1 + step * row + frame] for row in range(count - 1)] if self.call.scales_values else []
         return self.merge(
-            inputs=[*found, arrays[0], arrays[len(sizes.constants) - 1]],  # the integers and the tables
+            inputs=[*found, arrays[0], arrays[count - 1], *frames],
             grid=self._merge_grid,
             threadgroup=_WARP,
             output_shapes=[self._output_shape],

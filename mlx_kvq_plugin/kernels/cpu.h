@@ -28,6 +28,7 @@ struct kvq_bfloat {
 #define KVQ_GROUP_Z kvq_host_group(2)
 #define KVQ_BARRIER() kvq_host_barrier(__LINE__)
 #define KVQ_WARP_BARRIER() kvq_host_warp_barrier(__LINE__)
+#define KVQ_LOCKSTEP()
 
 #define KVQ_UNROLL
 #define KVQ_NO_UNROLL

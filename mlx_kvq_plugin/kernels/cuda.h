@@ -32,6 +32,7 @@ typedef long long kvq_long;
 #define KVQ_GROUP_Z ((int)blockIdx.z)
 #define KVQ_BARRIER() __syncthreads()
 #define KVQ_WARP_BARRIER() __syncwarp()
+#define KVQ_LOCKSTEP() __syncthreads()  // of threads that have not ended; no order of memory is needed
 
 #define KVQ_UNROLL _Pragma("unroll")
 #define KVQ_NO_UNROLL _Pragma("unroll 1")

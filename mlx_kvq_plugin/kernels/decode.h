@@ -26,7 +26,10 @@ if (KVQ_GROUP_X < groups) {
     kvq_decode<0>((KVQ_DEVICE const kvq_byte*)key0, (KVQ_DEVICE const kvq_byte*)KVQ_KEY_SECOND, key_scale + at, at,
                   key_signs, frame, keys + (out + sinks) * KVQ_DIM(0), first, last, skip, packed, lane, warp);
   } else {
-    const kvq_frame frame = kvq_frame();
+    kvq_frame frame = kvq_frame();
+#if KVQ_VALUE_SCALES
+    frame.channels = frames + plane * KVQ_FRAME_SIZE + KVQ_KEY_FRAME_SIZE;
+#endif
     const kvq_long at = plane * value_scale_shape[2] + row;
     kvq_decode<1>((KVQ_DEVICE const kvq_byte*)value0, (KVQ_DEVICE const kvq_byte*)KVQ_VALUE_SECOND, value_scale + at,
                   at, value_signs, frame, values + (out + sinks) * KVQ_DIM(1), first, last, skip, packed, lane, warp);

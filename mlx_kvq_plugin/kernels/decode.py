@@ -74,10 +74,10 @@ class Decoder:
         inputs += [value_planes[name] for name in self.planes[1]]
         if key_planes["scale"].shape[2] < CONSTANT_ROWS:
             inputs[5:] = [pad_tokens(plane, CONSTANT_ROWS - plane.shape[2]) for plane in inputs[5:]]
-        if frame is not None:
-            inputs.append(frame.joined())
-            if frame.rotary.pairs:
-                inputs += block_tables(frame.rotary, (position + packed - 1) // BLOCK + 1, whole=True)
+        if frame is not None or cache.value_scale is not None:
+            inputs.append(cache.frame_rows())
+        if frame is not None and frame.rotary.pairs:
+            inputs += block_tables(frame.rotary, (position + packed - 1) // BLOCK + 1, whole=True)
         blocks = -(-(position % BLOCK + packed) // BLOCK)
         groups = -(-blocks // BLOCKS) + -(-dense // BLOCK)
         B = keys.shape[0]

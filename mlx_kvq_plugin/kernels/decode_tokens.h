@@ -18,6 +18,9 @@ struct kvq_frame {
   KVQ_DEVICE const float* block_sin;
   KVQ_DEVICE const float* inner;
 #endif
+#if KVQ_VALUE_SCALES
+  KVQ_DEVICE const float* channels;  // scales of the channels of values
+#endif
   int block;  // of the first packed token's position
 };
 
@@ -30,6 +33,14 @@ KVQ_FUNC void kvq_decode(KVQ_DEVICE const kvq_byte* plane0, KVQ_DEVICE const kvq
   const int place = lane & (KVQ_PLACES(SIDE) - 1), step = KVQ_WARPS * KVQ_TOKENS(SIDE);
   float factor[16];
   kvq_read_row<SIDE>(signs, place, factor);
+#if KVQ_VALUE_SCALES
+  if (SIDE == 1) {
+    float channel[16];
+    kvq_read_row<1>(frame.channels, place, channel);
+    KVQ_UNROLL
+    for (int j = 0; j < 16; j++) factor[j] *= channel[j];
+  }
+#endif
 #if KVQ_FRAME
   float steady[16];
   if (SIDE == 0) {

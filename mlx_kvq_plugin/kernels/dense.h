@@ -3,7 +3,7 @@
 //
 // Defined before, besides the constants of attend.h: KVQ_DENSE_CHUNK (tokens whose scores are in shared memory at a
 // time), KVQ_CAUSAL, KVQ_SINKS (whether sink logits join the softmax), KVQ_PENDING; by the prologue: pointers of the dense
-// tokens of this sequence and head, dense, sinks, packed, columns, value_signs. With KVQ_PENDING, newer dense tokens of
+// tokens of this sequence and head, dense, sinks, packed, columns, value_signs, value_channels. With KVQ_PENDING, newer dense tokens of
 // all sequences stand in one array of that many a sequence.
 if (KVQ_GROUP_X == 0) {
 #if KVQ_PENDING
@@ -107,6 +107,10 @@ if (KVQ_GROUP_X == 0) {
     if (n < rows) {
       KVQ_UNROLL
       for (int i = 0; i < KVQ_DV / 32; i++) sums[r][i] *= value_signs[32 * i + lane];
+#if KVQ_VALUE_SCALES
+      KVQ_UNROLL
+      for (int i = 0; i < KVQ_DV / 32; i++) sums[r][i] /= value_channels[32 * i + lane];
+#endif
       kvq_hadamard<KVQ_DV / 32>(sums[r], lane);
       KVQ_DEVICE float* own = partial + (query_row + n) * splits * KVQ_PARTIAL;
       KVQ_UNROLL

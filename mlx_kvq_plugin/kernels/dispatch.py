@@ -105,6 +105,7 @@ def prepared_call(
         mask_dtype=mask_dtype,
         sinks="" if args.sinks is None else dtype_name(args.sinks.dtype),
         pending=pending,
+        scales_values=first.value_scale is not None,
     )
     for own in caches:
         own.reserve_tiles()

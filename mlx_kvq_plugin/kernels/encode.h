@@ -10,13 +10,13 @@ const int rows = dense_keys_shape[2], tiles = (count + KVQ_TILE - 1) / KVQ_TILE;
 #if KVQ_TRELLIS
 KVQ_SHARED_ARRAY(float, shared_tokens, KVQ_WARPS * 32 * 16);
 KVQ_SHARED_ARRAY(float, shared_distance, KVQ_WARPS * 4 * KVQ_DISTANCES);
-KVQ_SHARED_ARRAY(kvq_uint, shared_oldest, KVQ_WARPS * KVQ_TRELLIS_WORDS);
 KVQ_SHARED_ARRAY(kvq_uint, shared_bits, KVQ_WARPS * 16);
+KVQ_SHARED_ARRAY(kvq_uint, shared_planes, KVQ_WARPS * 48);
 kvq_workspace work;
 work.tokens = shared_tokens + warp * (32 * 16);
 work.distance = shared_distance + warp * (4 * KVQ_DISTANCES);
-work.oldest = shared_oldest + warp * KVQ_TRELLIS_WORDS;
 work.bits = shared_bits + warp * 16;
+work.planes = shared_planes + warp * 48;
 #else
 const kvq_workspace work = kvq_workspace();
 #endif
@@ -40,7 +40,10 @@ if (KVQ_GROUP_X < tiles) {
   } else {
     KVQ_DEVICE const KVQ_VALUE_TYPE* x =
         (KVQ_DEVICE const KVQ_VALUE_TYPE*)dense_values + (plane * rows + start) * KVQ_DIM(1);
-    const kvq_frame frame = kvq_frame();
+    kvq_frame frame = kvq_frame();
+#if KVQ_VALUE_SCALES
+    frame.channels = frames + plane * KVQ_FRAME_SIZE + KVQ_KEY_FRAME_SIZE;
+#endif
     kvq_encode<1>(x, value_signs, frame, value0, KVQ_VALUE_SECOND, value_scale, plane * count, first, last, work, lane,
                   warp);
   }

@@ -14,16 +14,17 @@ from ..cache_state import pad_tokens
 from ..errors import KernelError
 from ..rotary import BLOCK, block_tables
 from ..rotation import signs
-from .build import build, numbers
-from .lanes import TRELLIS_WARPS, WARPS, encode_text, trellis_defines, trellis_dim
+from .build import backend, build, keeps_step, numbers
+from .lanes import WARPS, encode_text, trellis_defines, trellis_dim
 from .sides import Sides, sides_key, why_not_here
 
 if TYPE_CHECKING:
     from ..cache import KVQCache
 
 TILE = 32  # tokens of a group of threads
-TRELLIS_GROUPS_PER_CORE = 8  # of one warp
-TRELLIS_TILE = 4  # where Viterbi's algorithm takes a warp some 30 us for so many
+TRELLIS_TILE = 4  # tokens of a warp that encodes by Viterbi's algorithm
+TRELLIS_WARPS = 8  # of a group of them, one group a core: they go through the algorithm in step
+TRELLIS_WARPS_APART = 1  # where they cannot
 
 Planes = dict[str, mx.array]
 Encoded = tuple[Planes, Planes, mx.array | None, mx.array | None]
@@ -54,8 +55,9 @@ class Encoder:
             self.dtypes += [sides.key_dtype, sides.value_dtype]
         names = ["start", "count", "position", "dense", "capacity"]
         trellis = trellis_dim(sides.codecs, sides.dims)
-        self.tile = TRELLIS_TILE if trellis else TILE
-        self.warps = TRELLIS_WARPS if trellis else WARPS
+        in_step = TRELLIS_WARPS if keeps_step(on or backend()) else TRELLIS_WARPS_APART
+        self.warps = in_step if trellis else WARPS
+        self.tile = TRELLIS_TILE * in_step if trellis else TILE
         headers = ["common.h", "lanes.h", *(["encode_trellis.h"] if trellis else []), "encode_tokens.h"]
         self.kernel = build(
             "encode",
@@ -64,7 +66,7 @@ class Encoder:
             ["encode.h"],
             headers,
             {
-                **(sides.defines(TRELLIS_WARPS, TRELLIS_GROUPS_PER_CORE) if trellis else sides.defines()),
+                **(sides.defines(self.warps, TRELLIS_WARPS // self.warps) if trellis else sides.defines()),
                 **trellis_defines(sides.codecs, sides.dims),
                 "KVQ_TILE": self.tile,
                 "KVQ_COMPACT": compact,
@@ -84,10 +86,10 @@ class Encoder:
         position = cache.offset - cache._dense + start if frame is not None else 0
         inputs = [keys, values, self.key_signs, self.value_signs]
         inputs.append(numbers(start, count, position, cache._dense, capacity))
-        if frame is not None:
-            inputs.append(frame.joined())
-            if frame.rotary.pairs:
-                inputs += block_tables(frame.rotary, (position + count - 1) // BLOCK + 1, whole=True)
+        if frame is not None or cache.value_scale is not None:
+            inputs.append(cache.frame_rows())
+        if frame is not None and frame.rotary.pairs:
+            inputs += block_tables(frame.rotary, (position + count - 1) // BLOCK + 1, whole=True)
         shapes = [(B, H, count, width) for side in self.planes for _, width in side]
         tiles = -(-count // self.tile)
         if self.compact:

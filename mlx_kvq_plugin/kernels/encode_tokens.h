@@ -1,7 +1,7 @@
 // Functions of encode.h: one side's tokens, as its codec does it.
 //
 // Defined before, besides the constants of lanes.h: KVQ_ROOT(SIDE), sqrt(D); KVQ_SCALING(SIDE): 0 least squares, 1
-// norm, 2 unbiased; KVQ_CODED(SIDE): whether it has a trellis code; kvq_code<SIDE>, kvq_level<SIDE>,
+// norm, 2 unbiased; KVQ_CODED(SIDE): coded bits of a trellis code; kvq_code<SIDE>, kvq_level<SIDE>,
 // kvq_write_codes<SIDE> (lanes.py).
 template <int SIDE>
 KVQ_FUNC int kvq_code(float z);
@@ -11,7 +11,10 @@ template <int SIDE>
 KVQ_FUNC void kvq_write_codes(KVQ_DEVICE kvq_byte* plane0, KVQ_DEVICE kvq_byte* plane1, kvq_long row, int place,
                               bool used, KVQ_PRIVATE const kvq_uint* codes);
 
-#if !KVQ_TRELLIS
+#if KVQ_TRELLIS  // a warp encodes once: what a lane holds of tokens and frame must not live through Viterbi's algorithm
+#define KVQ_ONCE(SIDE) (KVQ_TILE <= KVQ_WARPS * KVQ_TOKENS(SIDE))
+#else
+#define KVQ_ONCE(SIDE) 0
 struct kvq_workspace {};
 #endif
 
@@ -22,6 +25,9 @@ struct kvq_frame {
   KVQ_DEVICE const float* block_cos;
   KVQ_DEVICE const float* block_sin;
   KVQ_DEVICE const float* inner;
+#endif
+#if KVQ_VALUE_SCALES
+  KVQ_DEVICE const float* channels;  // scales of the channels of values
 #endif
   int position;
 };
@@ -59,6 +65,14 @@ KVQ_FUNC void kvq_encode(P x, KVQ_DEVICE const float* signs, KVQ_PRIVATE const k
   const int place = lane & (KVQ_PLACES(SIDE) - 1), own_token = lane / KVQ_PLACES(SIDE);
   float sign[16];
   kvq_read_row<SIDE>(signs, place, sign);
+#if KVQ_VALUE_SCALES
+  if (SIDE == 1) {
+    float channel[16];
+    kvq_read_row<1>(frame.channels, place, channel);
+    KVQ_UNROLL
+    for (int j = 0; j < 16; j++) sign[j] /= channel[j];
+  }
+#endif
 #if KVQ_FRAME
   float own[16], other[16], steady[16], scale[16];
   if (SIDE == 0) {
@@ -107,6 +121,10 @@ KVQ_FUNC void kvq_encode(P x, KVQ_DEVICE const float* signs, KVQ_PRIVATE const k
       KVQ_WARP_BARRIER();
       KVQ_NO_UNROLL
       for (int i = 0; i < KVQ_TOKENS(SIDE) && base + i < last; i += KVQ_AT_ONCE(SIDE)) kvq_viterbi<SIDE>(work, i, lane);
+      kvq_plane_bits<SIDE>(work, lane);
+      KVQ_UNROLL
+      for (int j = 0; j < 16; j++)
+        y[j] = work.tokens[own_token * KVQ_DIM(SIDE) + kvq_time<SIDE>(kvq_channel<SIDE>(j, place))];
     }
 #endif
     KVQ_UNROLL
@@ -117,8 +135,8 @@ KVQ_FUNC void kvq_encode(P x, KVQ_DEVICE const float* signs, KVQ_PRIVATE const k
 #if KVQ_TRELLIS
         if (KVQ_CODED(SIDE)) {
           const int j = 4 * quad + i, time = kvq_time<SIDE>(kvq_channel<SIDE>(j, place));
-          const kvq_uint found = kvq_coded<SIDE>(work.bits + own_token * (KVQ_DIM(SIDE) / 32), time, y[j] * inverse);
-          const float level = kvq_level<SIDE>((float)(found & 127u));
+          float level = 0.0f;
+          const kvq_uint found = kvq_coded<SIDE>(work, own_token, time, y[j], &level);
           product += y[j] * level;
           size += level * level;
           codes[quad] |= found << (8 * i);
@@ -133,12 +151,14 @@ KVQ_FUNC void kvq_encode(P x, KVQ_DEVICE const float* signs, KVQ_PRIVATE const k
       }
     }
     product = kvq_token_sum<SIDE>(product);
+    if (KVQ_CODED(SIDE)) product /= inverse;
     size = kvq_token_sum<SIDE>(size);
     float factor = product / size;
     if (KVQ_SCALING(SIDE) == 1) factor = kvq_sqrt(energy / size);
     if (KVQ_SCALING(SIDE) == 2) factor = energy / kvq_max(product, 1.0e-37f);
     kvq_write_codes<SIDE>(plane0, plane1, at + token, place, used, codes);
     if (used && place == 0) scales[at + token] = kvq_to_bfloat(factor);
+    if (KVQ_ONCE(SIDE)) break;
   }
 }
 

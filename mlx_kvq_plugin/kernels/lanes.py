@@ -22,7 +22,6 @@ from .viterbi import no_viterbi_text, viterbi_text
 
 HEAD_SIZES = (32, 64, 128, 256)
 WARPS = 4  # of a group
-TRELLIS_WARPS = 1  # of a group that encodes by Viterbi's algorithm: a warp takes 20 KB of shared memory, of Metal's 32
 
 _SCALINGS = {LEAST_SQUARES: 0, NORM: 1, UNBIASED: 2}
 
@@ -71,29 +70,33 @@ def trellis_dim(codecs: tuple[Codec, Codec], dims: tuple[int, int]) -> int:
 def trellis_defines(codecs: tuple[Codec, Codec], dims: tuple[int, int]) -> dict[str, Any]:
     """The constants of encode_trellis.h, of no meaning for sides without a trellis code."""
     layouts = [layout for _, layout in _sides(codecs, dims)]
-    longest = trellis_dim(codecs, dims)
-    text: dict[str, Any] = {
-        "KVQ_TRELLIS": longest > 0,
-        "KVQ_TRELLIS_WORDS": 8
-        * max(  # of a step and token
-            dim * min(4, 512 // dim) if layout.generators else 0 for dim, layout in zip(dims, layouts, strict=True)
-        ),
-        **_both("KVQ_CODED", *(int(layout.generators != ()) for layout in layouts)),
+    return {
+        "KVQ_TRELLIS": trellis_dim(codecs, dims) > 0,
+        **_both("KVQ_CODED", *(len(layout.generators) for layout in layouts)),
         **_both("KVQ_SUBSETS", *(2 ** len(layout.generators) for layout in layouts)),
         **_both("KVQ_STORED", *(2 ** (layout.bits - len(layout.generators)) for layout in layouts)),
         **_both("KVQ_AROUND", *(min(AROUND, dim // 2) for dim in dims)),
     }
-    return text
 
 
-def frame_defines(rotary: Rotary | None, dim: int) -> dict[str, Any]:
-    """The constants of the frame of keys of `dim` channels, `None` for none."""
+def frame_sizes(rotary: Rotary | None, dim: int, value_channels: int) -> dict[str, Any]:
+    """The constants of `KVQCache.frame_rows`: numbers of a head, and those of them that are of keys."""
+    keys = 0 if rotary is None else frame_size(dim, rotary.pairs)
+    return {
+        "KVQ_VALUE_SCALES": value_channels > 0,
+        "KVQ_KEY_FRAME_SIZE": keys,
+        "KVQ_FRAME_SIZE": keys + value_channels,
+    }
+
+
+def frame_defines(rotary: Rotary | None, dim: int, value_channels: int) -> dict[str, Any]:
+    """The constants of the frame of keys of `dim` channels, `None` for none, and of scales for channels of values."""
     pairs = rotary.pairs if rotary is not None else 0
     half = rotary is None or rotary.layout == "half"
     beside = 0 if pairs == 0 or (half and 2 * pairs < dim) else 8 if half else 1
     return {
         "KVQ_FRAME": rotary is not None,
-        "KVQ_FRAME_SIZE": frame_size(dim, pairs),
+        **frame_sizes(rotary, dim, value_channels),
         "KVQ_PAIRS": pairs,
         "KVQ_HALF_LAYOUT": half,
         "KVQ_MAGNITUDE": number(rotary.magnitude if rotary is not None else 1.0),
@@ -262,9 +265,15 @@ def encode_text(codecs: tuple[Codec, Codec], dims: tuple[int, int]) -> str:
         + _chosen(
             "void",
             "steps",
-            "KVQ_GROUP_MEMORY const float* distance, kvq_uint parts, int sub, bool writes, int stride, "
-            "KVQ_PRIVATE float* c, KVQ_GROUP_MEMORY kvq_uint* oldest",
-            "distance, parts, sub, writes, stride, c, oldest",
+            "KVQ_GROUP_MEMORY const float* distance, kvq_uint parts, int sub, "
+            "KVQ_PRIVATE float* c, KVQ_PRIVATE kvq_uint* oldest",
+            "distance, parts, sub, c, oldest",
+        )
+        + _chosen(
+            "void",
+            "first_steps",
+            "KVQ_GROUP_MEMORY const float* distance, kvq_uint parts, int sub, KVQ_PRIVATE float* c",
+            "distance, parts, sub, c",
         )
         + _chosen("float", "level", "float code", "code")
         + _chosen(

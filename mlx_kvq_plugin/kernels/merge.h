@@ -2,7 +2,8 @@
 //
 // A lane holds KVQ_DV / 32 neighbouring channels: the Hadamard transform leaves any order of channels that is an order of
 // their numbers' bits. Defined before, besides the constants of attend.h: KVQ_MERGE_ROWS and KVQ_MERGE_WARPS of a group,
-// KVQ_MERGE_AHEAD (splits loaded together, a divisor of 32), first_row, splits, value_signs.
+// KVQ_MERGE_AHEAD (splits loaded together, a divisor of 32), first_row, splits, value_signs; with KVQ_VALUE_SCALES
+// value_channels, scales of the channels of this KV head's values.
 #define KVQ_CHANNELS (KVQ_DV / 32)
 const int merging_lane = KVQ_LANE;
 for (int n = KVQ_WARP; n < KVQ_MERGE_ROWS && first_row + n < KVQ_ROWS; n += KVQ_MERGE_WARPS) {
@@ -46,6 +47,10 @@ for (int n = KVQ_WARP; n < KVQ_MERGE_ROWS && first_row + n < KVQ_ROWS; n += KVQ_
   KVQ_UNROLL
   for (int i = 0; i < KVQ_CHANNELS; i++) {
     const int channel = KVQ_CHANNELS * merging_lane + i;
-    kvq_store(output, row * KVQ_DV + channel, sums[i] * value_signs[channel] / total);
+    float found = sums[i] * value_signs[channel] / total;
+#if KVQ_VALUE_SCALES
+    found *= value_channels[channel];
+#endif
+    kvq_store(output, row * KVQ_DV + channel, found);
   }
 }

@@ -28,6 +28,7 @@ typedef long kvq_long;
 // Shared memory only: no thread reads what another one wrote to an array of the device.
 #define KVQ_BARRIER() threadgroup_barrier(mem_flags::mem_threadgroup)
 #define KVQ_WARP_BARRIER() simdgroup_barrier(mem_flags::mem_threadgroup)
+#define KVQ_LOCKSTEP()
 
 #define KVQ_UNROLL _Pragma("clang loop unroll(full)")
 #define KVQ_NO_UNROLL _Pragma("clang loop unroll(disable)")

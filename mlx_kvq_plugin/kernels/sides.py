@@ -49,6 +49,7 @@ class Sides:
         dims: D of each.
         dtypes: of dense tokens.
         rotary: of the key frame; `None` without a frame.
+        scales_values: whether channels of values have scales.
     """
 
     key_codec: Codec
@@ -58,6 +59,7 @@ class Sides:
     key_dtype: mx.Dtype
     value_dtype: mx.Dtype
     rotary: Rotary | None
+    scales_values: bool = False
 
     @property
     def codecs(self) -> tuple[Codec, Codec]:
@@ -74,7 +76,7 @@ class Sides:
         count = [len(code_layout(codec, dim).planes) for codec, dim in zip(self.codecs, self.dims, strict=True)]
         return {
             **defines(self.codecs, self.dims, (self.key_dtype.size, self.value_dtype.size), warps),
-            **frame_defines(self.rotary, self.key_dim),
+            **frame_defines(self.rotary, self.key_dim, self.value_dim if self.scales_values else 0),
             "KVQ_KEY_TYPE": dtype_name(self.key_dtype),
             "KVQ_VALUE_TYPE": dtype_name(self.value_dtype),
             "KVQ_KEY_SECOND": f"key{count[0] - 1}",
@@ -100,11 +102,9 @@ class Sides:
         return names
 
     def frame_inputs(self) -> list[str]:
-        """Names of the arrays of the frame."""
-        if self.rotary is None:
-            return []
-        tables = ["block_cos", "block_sin", "inner"] if self.rotary.pairs else []
-        return ["frames", *tables]
+        """Names of the arrays of frame and scales."""
+        rows = ["frames"] if self.rotary is not None or self.scales_values else []
+        return [*rows, *(["block_cos", "block_sin", "inner"] if self.rotary is not None and self.rotary.pairs else [])]
 
 
 def sides_key(cache: KVQCache) -> tuple[Any, ...]:
@@ -119,4 +119,5 @@ def sides_key(cache: KVQCache) -> tuple[Any, ...]:
         keys.dtype,
         values.dtype,
         None if frame is None else frame.rotary,
+        cache.value_scale is not None,
     )

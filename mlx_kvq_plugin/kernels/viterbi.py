@@ -37,7 +37,7 @@ def _lane_parts(layout: CodeLayout) -> str:
     return text
 
 
-def _step(layout: CodeLayout, phase: int) -> str:
+def _step(layout: CodeLayout, phase: int, decides: bool) -> str:
     subsets, newest, dropped = 2 ** len(layout.generators), _column(layout, 0), _column(layout, 8)
     text = f"{{ const int at = {phase * subsets} + (int)(parts >> {4 * phase} & {subsets - 1}u);\n"
     text += "".join(f"const float d{s} = distance[at ^ {s}];\n" for s in range(subsets))
@@ -53,35 +53,37 @@ def _step(layout: CodeLayout, phase: int) -> str:
             part = _part(layout, state, phase)
             text += f"const float a{state} = c[{state}] + d{part};\n"
             text += f"const float b{state} = kvq_shuffle_xor(c[{state}], {lane_bit}) + d{part ^ dropped};\n"
-    # The sign of a difference says which is less: two words take one after the other, from the highest state on.
-    text += "kvq_uint word = 0u, upper = 0u;\n"
-    for state in reversed(range(len(states) // 2)):
-        for name, own in (("word", state), ("upper", state + len(states) // 2)):
-            text += f"{name} = kvq_funnel({name}, kvq_word_of(b{own} - a{own}), 1);\n"
-    text += "word |= upper << 16;\n"
-    text += "".join(f"const float n{state} = kvq_least(a{state}, b{state});\n" for state in states)
-    if phase >= STATE_BITS:
-        text += f"if ((sub & {lane_bit}) != 0) word = ~word;\n"
-    text += "".join(f"c[{state}] = n{state};\n" for state in states)
-    return text + f"if (writes) oldest[{phase} * stride] = word;\n}}\n"
+    if decides:
+        # The sign of a difference says which is less: two words take one after the other, from the highest state on.
+        text += "kvq_uint word = 0u, upper = 0u;\n"
+        for state in reversed(range(len(states) // 2)):
+            for name, own in (("word", state), ("upper", state + len(states) // 2)):
+                text += f"{name} = kvq_funnel({name}, kvq_word_of(b{own} - a{own}), 1);\n"
+        text += "word |= upper << 16;\n"
+        if phase >= STATE_BITS:
+            text += f"if ((sub & {lane_bit}) != 0) word = ~word;\n"
+        text += f"oldest[{phase}] = word;\n"
+    return text + "".join(f"c[{state}] = kvq_least(a{state}, b{state});\n" for state in states) + "}\n"
 
 
 def viterbi_text(side: str, layout: CodeLayout) -> str:
     """Functions of a side.
 
     * `<side>_parts(sub)`: of lane `sub` of a token's, for `<side>_steps`
-    * `<side>_steps(distance, parts, sub, writes, stride, c, oldest)`: costs `c` of a lane's 32 states after eight
-      channels, from those before, and a word of what each state dropped, `stride` words apart
+    * `<side>_steps(distance, parts, sub, c, oldest)`: costs `c` of a lane's 32 states after eight channels, from those
+      before, and for each channel a word of what each state dropped
+    * `<side>_first_steps(distance, parts, sub, c)`: the costs alone
     * `<side>_column(age)`: coded bits that the trellis bit `age` channels before contributes
     """
     columns = "".join(f"age == {age} ? {_column(layout, age)} : " for age in range(8))
     return (
         f"KVQ_FUNC kvq_uint {side}_parts(int sub) {{ return {_lane_parts(layout)}; }}\n"
         f"KVQ_FUNC int {side}_column(int age) {{ return {columns}{_column(layout, 8)}; }}\n"
-        f"KVQ_FUNC void {side}_steps(KVQ_GROUP_MEMORY const float* distance, kvq_uint parts, int sub, bool writes, "
-        "int stride, KVQ_PRIVATE float* c, KVQ_GROUP_MEMORY kvq_uint* oldest) {\n"
-        + "".join(_step(layout, phase) for phase in range(8))
-        + "}\n"
+        f"KVQ_FUNC void {side}_steps(KVQ_GROUP_MEMORY const float* distance, kvq_uint parts, int sub, "
+        "KVQ_PRIVATE float* c, KVQ_PRIVATE kvq_uint* oldest) {\n"
+        + "".join(_step(layout, phase, True) for phase in range(8))
+        + f"}}\nKVQ_FUNC void {side}_first_steps(KVQ_GROUP_MEMORY const float* distance, kvq_uint parts, int sub, "
+        "KVQ_PRIVATE float* c) {\n" + "".join(_step(layout, phase, False) for phase in range(8)) + "}\n"
     )
 
 
@@ -90,6 +92,8 @@ def no_viterbi_text(side: str) -> str:
     return (
         f"KVQ_FUNC kvq_uint {side}_parts(int sub) {{ return 0u; }}\n"
         f"KVQ_FUNC int {side}_column(int age) {{ return 0; }}\n"
-        f"KVQ_FUNC void {side}_steps(KVQ_GROUP_MEMORY const float* distance, kvq_uint parts, int sub, bool writes, "
-        "int stride, KVQ_PRIVATE float* c, KVQ_GROUP_MEMORY kvq_uint* oldest) {}\n"
+        f"KVQ_FUNC void {side}_steps(KVQ_GROUP_MEMORY const float* distance, kvq_uint parts, int sub, "
+        "KVQ_PRIVATE float* c, KVQ_PRIVATE kvq_uint* oldest) {}\n"
+        f"KVQ_FUNC void {side}_first_steps(KVQ_GROUP_MEMORY const float* distance, kvq_uint parts, int sub, "
+        "KVQ_PRIVATE float* c) {}\n"
     )
