@@ -12,12 +12,10 @@ empty cache folder (`KVQ_CACHE_DIR`) makes all of them anew.
 from __future__ import annotations
 
 import argparse
-import shutil
-import tempfile
 import time
 from typing import Any
 
-from common import TEXTS, load, machine, print_table, store
+from common import TEXTS, load, machine, print_table, store, uncalibrated
 
 import mlx_kvq_plugin as kvq
 from mlx_kvq_plugin.bound import PREFILL
@@ -44,8 +42,7 @@ def main() -> None:
             scheme for family in ("tq", "tcq") for scheme in (f"{family}3", f"auto@{bits},family={family}")
         ]
         texts = {text: tokenizer.encode(TEXTS[text]()) for text in TEXTS}
-        with tempfile.TemporaryDirectory() as source:
-            shutil.copy(kvq.demo_model_path(name) / "config.json", source)
+        with uncalibrated(name) as source:
             choices = {}
             for scheme in schemes:
                 start = time.perf_counter()

@@ -6,7 +6,10 @@ import importlib
 import inspect
 import json
 import platform
-from collections.abc import Iterable
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
@@ -72,9 +75,22 @@ TEXTS = {"documentation": documentation, "code": source_code, "story": story}
 LONG_TEXTS = {"documentation": documentation, "code": source_code, "licence": licence}  # 2,000 tokens at least
 
 
+def model_path(name: str) -> Path:
+    """The folder of a demo model, or `name` itself if it is a folder."""
+    return Path(name) if Path(name).is_dir() else kvq.demo_model_path(name)
+
+
+@contextmanager
+def uncalibrated(name: str) -> Iterator[str]:
+    """A folder with the model's config.json alone: `auto` goes by the texts that the model writes itself."""
+    with tempfile.TemporaryDirectory() as source:
+        shutil.copy(model_path(name) / "config.json", source)
+        yield source
+
+
 def load(name: str) -> tuple[Any, Any]:
-    """A demo model in float32 (half precision products are slow on CPUs) and its tokenizer."""
-    model, tokenizer = mlx_lm.load(str(kvq.demo_model_path(name)))
+    """A demo model or a folder's, in float32 (half precision products are slow on CPUs), and its tokenizer."""
+    model, tokenizer = mlx_lm.load(str(model_path(name)))
     model.set_dtype(mx.float32)
     return model, tokenizer
 

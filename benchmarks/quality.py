@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import LONG_TEXTS, RESULTS, TEXTS, load, machine
+from common import RESULTS, TEXTS, load, machine, model_path
+from texts import NAMES, tokens_of
 
-import mlx_kvq_plugin as kvq
 from mlx_kvq_plugin.calibration import calibrate
 from mlx_kvq_plugin.calibration_files import FILE_NAME, save_calibration
 from mlx_kvq_plugin.corpus import corpus_text
@@ -49,10 +49,10 @@ VARIANTS = (  # what the settings are worth
 )
 
 
-def calibrated(name: str, model: Any, tokenizer: Any) -> None:
-    """Makes the model's calibration file if it has none."""
-    path = kvq.demo_model_path(name) / FILE_NAME
-    if not path.exists():
+def calibrated(name: str, model: Any, tokenizer: Any, schemes: list[str]) -> None:
+    """Makes the model's calibration file if it has none and a scheme needs it."""
+    path = model_path(name) / FILE_NAME
+    if not path.exists() and any("@" in scheme or scheme.startswith("auto") for scheme in schemes):
         start = time.perf_counter()
         save_calibration(path, calibrate(model, tokenizer, source=name))
         print(f"{name}: calibrated in {time.perf_counter() - start:.0f} s", flush=True)
@@ -61,7 +61,7 @@ def calibrated(name: str, model: Any, tokenizer: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", default=["smollm2", "gemma3"])
-    parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=[*TEXTS, "licence"])
+    parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=NAMES)
     parser.add_argument("--schemes", nargs="+")
     parser.add_argument("--prefill", type=int, default=200)
     parser.add_argument("--steps", type=int, default=200)
@@ -70,12 +70,12 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in arguments.model:
         model, tokenizer = load(name)
-        calibrated(name, model, tokenizer)
         schemes = arguments.schemes or ["fp16", *all_schemes(head_dim(model)), *AVERAGES, *AUTOMATIC, *VARIANTS]
+        calibrated(name, model, tokenizer, schemes)
         haystack = build_haystack(tokenizer, corpus_text("prose"), (0.1, 0.5, 0.9), 1000) if arguments.needle else None
         rows = []
         start = time.perf_counter()
-        texts = {text: tokenizer.encode({**TEXTS, **LONG_TEXTS}[text]()) for text in arguments.texts}
+        texts = {text: tokens_of(text, tokenizer) for text in arguments.texts}
         for row in measure(
             model,
             texts,
@@ -83,23 +83,24 @@ def main() -> None:
             prefill=arguments.prefill,
             steps=arguments.steps,
             haystack=haystack,
-            source=str(kvq.demo_model_path(name)),
+            source=str(model_path(name)),
         ):
             rows.append(row)
             kl = f"KL {row.overall.kl_mean:.4f}" if row.overall is not None else row.error
             print(f"{time.perf_counter() - start:5.0f} s {name} {row.scheme}: {row.bits:.2f} bits, {kl}", flush=True)
-        found = Measurement(name, tuple(texts), arguments.prefill, arguments.steps, machine(), "float32", tuple(rows))
+        title = Path(name).name
+        found = Measurement(title, tuple(texts), arguments.prefill, arguments.steps, machine(), "float32", tuple(rows))
         for line in table(found.rows, texts=False):
             print("  ".join(line))
         if arguments.schemes and not arguments.name:
             continue
-        label = f"{arguments.name or 'quality'}-{name}"
+        label = f"{arguments.name or 'quality'}-{title}"
         RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / f"{label}.json").write_text(found.to_json() + "\n")
         if not arguments.schemes:
-            title = f"{name}: {len(texts)} texts, {arguments.prefill} tokens of prefill and {arguments.steps} steps"
+            what = f"{name}: {len(texts)} texts, {arguments.prefill} tokens of prefill and {arguments.steps} steps"
             plot_frontier(
-                [row for row in found.rows if row.scheme not in VARIANTS], DOCS / f"frontier-{name}.png", title
+                [row for row in found.rows if row.scheme not in VARIANTS], DOCS / f"frontier-{name}.png", what
             )
 
 

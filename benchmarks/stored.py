@@ -10,7 +10,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MODELS = ("smollm2", "gemma3")
-TITLES = {"smollm2": "SmolLM2-135M", "gemma3": "Gemma 3 270M"}
+TITLES = {"smollm2": "SmolLM2-135M", "gemma3": "Gemma 3 270M", "qwen2.5-coder-0.5b": "Qwen2.5-Coder 0.5B"}
 
 
 def results(name: str) -> dict[str, Any]:

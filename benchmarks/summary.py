@@ -11,6 +11,7 @@ from stored import MODELS, ROOT, TITLES, on_gpu, one, quality, results, stored, 
 
 SCHEMES = ("tq4", "tq3", "rvq1")
 AVERAGES = ("tq@4", "tq@3", "tq@2")
+LIMITS = {"tcq4": (0.012, 0.96), "tcq3": (0.04, 0.92), "tcq2": (0.2, 0.83)}  # KL mean, top-1
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -110,6 +111,8 @@ def quality_tables() -> str:
             + ("\n\nNot possible on this model:\n\n" + "\n".join(failed) if failed else "")
         )
     parts.append(frontier())
+    parts.append(other_texts())
+    parts.append(parts_worth())
     parts.append(f"## What settings are worth\n\n{_settings()}")
     texts, machine = ", ".join(found["texts"]), found["machine"]
     return f"Texts: {texts}; {found['prefill']} tokens prefilled, {found['steps']} steps; {machine}.\n\n" + "\n\n".join(
@@ -120,7 +123,7 @@ def quality_tables() -> str:
 def frontier() -> str:
     """Trellis codes against scalar ones: after a short and after a long prompt."""
     lines, runs = [], []
-    for model in MODELS:
+    for model in TITLES:
         for name in ("frontier", "frontier-far"):
             if not stored(f"{name}-{model}"):
                 continue
@@ -136,6 +139,69 @@ def frontier() -> str:
             ]
     head = ["model", "positions", "scheme", "bits", "KL mean", "median", "p99", "top-1", "perplexity (fp16)"]
     return f"## The frontier\n\nTexts at {'; '.join(dict.fromkeys(runs))}.\n\n{table(head, lines)}"
+
+
+def other_texts() -> str:
+    """Trellis codes on texts of other kinds, one by one; in bold what is outside of `LIMITS`."""
+    lines = []
+    for model in TITLES:
+        if not stored(f"frontier-other-{model}"):
+            continue
+        found = results(f"frontier-other-{model}")
+        rows = {row["scheme"]: row["texts"] for row in found["rows"]}
+        for text in found["texts"]:
+            cells = []
+            for scheme, (kl, top1) in LIMITS.items():
+                own = rows[scheme][text]
+                cells += [_bold(f"{own['kl_mean']:.4f}", own["kl_mean"] > kl)]
+                cells += [_bold(f"{own['top1']:.1%}", own["top1"] < top1)]
+            lines.append([TITLES[model], text, f"{rows['tcq4'][text]['reference_perplexity']:.2f}", *cells])
+    limits = "; ".join(f"`{scheme}`: {kl}, {top1:.0%}" for scheme, (kl, top1) in LIMITS.items())
+    head = ["model", "text", "perplexity, fp16", *(f"`{s}` {what}" for s in LIMITS for what in ("KL mean", "top-1"))]
+    about = (
+        "`python benchmarks/quality.py --texts german poetry mathematics chat json log --schemes tcq4 tcq3 tcq2 "
+        f"--prefill 400 --name frontier-other`; texts are described in `benchmarks/texts.py`. In bold: outside of "
+        f"{limits}, which the means over the texts above are inside of."
+    )
+    return f"## The frontier on other texts\n\n{about}\n\n{table(head, lines)}\n\n{_flips()}"
+
+
+def _bold(cell: str, wanted: bool) -> str:
+    return f"**{cell}**" if wanted else cell
+
+
+def _flips() -> str:
+    """How sure models are where the most likely token changes."""
+    found = results("flips")
+    lines = [
+        [TITLES[row["model"]], row["text"], f"{row['entropy']:.2f}", f"{row['kl_mean']:.4f}"]
+        + [f"{row[key]:.1%}" for key in ("close", "flips", "flips_close", "flips_sure")]
+        for row in found["rows"]
+    ]
+    head = ["model", "text", "entropy, nats", "KL mean"]
+    head += ["lead below 0.1 nats", "flips", "of these positions", "where the lead is above 0.5"]
+    about = (
+        "`python benchmarks/flips.py`: how many nats the most likely token is ahead of the next one with mlx-lm's "
+        "caches (its lead), and how often `tcq3` makes another token the most likely one."
+    )
+    return f"{about}\n\n{table(head, lines)}"
+
+
+def parts_worth() -> str:
+    """The recommended 3 bits with one part taken away or added."""
+    found = results("ablation")
+    first = found["rows"][0]["part"]
+    whole = {row["model"]: row["kl_mean"] for row in found["rows"] if row["part"] == first}
+    lines = [
+        [TITLES[row["model"]], row["part"], f"`{row['scheme']}`", f"{row['bits']:.2f}", f"{row['ratio']:.2f}x"]
+        + [f"{row['kl_mean']:.4f}", f"{row['kl_mean'] / whole[row['model']]:.2f}", f"{row['kl_median']:.4f}"]
+        + [f"{row['kl_p99']:.3f}", f"{row['top1']:.1%}"]
+        for row in found["rows"]
+    ]
+    head = ["model", "the recommended 3 bits", "scheme", "bits", "ratio in 16 bits", "KL mean", "of that as it is"]
+    head += ["median", "p99", "top-1"]
+    about = "`python benchmarks/ablation.py`: documentation, code, story; 400 tokens prefilled, 200 steps."
+    return f"## What each part is worth\n\n{about}\n\n{table(head, lines)}"
 
 
 def _settings() -> str:
