@@ -4,8 +4,8 @@
 
 The ruler of `kvq eval`: 400 tokens of prefill, 200 single-token steps. Parts without an option are patched away: the
 scales of rotary pairs and of value channels (all 1), the turning mean (the plain mean of the keys as they are stored,
-which does not turn, or none at all), and the rotation (codes of the channels themselves). Automatic bits are those of `tq3`, all-in, without a
-calibration beside the model. Ratios are those of a 16-bit model at 600 tokens.
+which does not turn, or none at all), and the rotation (codes of the channels themselves). Automatic bits are those of
+`tq3`, all-in, without a calibration beside the model. Ratios are those of a 16-bit model at 600 tokens.
 """
 
 from __future__ import annotations
