@@ -121,10 +121,10 @@ def quality_tables() -> str:
 
 
 def frontier() -> str:
-    """Trellis codes against scalar ones: after a short and after a long prompt."""
+    """Trellis codes, of automatic bits too, against scalar ones: after a short and after a long prompt."""
     lines, runs = [], []
     for model in TITLES:
-        for name in ("frontier", "frontier-far"):
+        for name in ("frontier", "frontier-auto", "frontier-far"):
             if not stored(f"{name}-{model}"):
                 continue
             found = results(f"{name}-{model}")
@@ -160,8 +160,8 @@ def other_texts() -> str:
     head = ["model", "text", "perplexity, fp16", *(f"`{s}` {what}" for s in LIMITS for what in ("KL mean", "top-1"))]
     about = (
         "`python benchmarks/quality.py --texts german poetry mathematics chat json log --schemes tcq4 tcq3 tcq2 "
-        f"--prefill 400 --name frontier-other`; texts are described in `benchmarks/texts.py`. In bold: outside of "
-        f"{limits}, which the means over the texts above are inside of."
+        "--prefill 400 --name frontier-other`; texts are described in `benchmarks/texts.py`. In bold: outside of "
+        f"{limits}."
     )
     return f"## The frontier on other texts\n\n{about}\n\n{table(head, lines)}\n\n{_flips()}"
 
