@@ -74,7 +74,8 @@ def test_one_code_matters(config: Config, on: str) -> None:
         args = replace(case_of(config, held), mask="causal")
         args, cache = replace(args, queries=args.queries * 2), args.cache
         for planes in (cache.key_planes, cache.value_planes):
-            planes["scale"] = mx.ones_like(planes["scale"])  # no token is too small to see
+            planes["scale"] = mx.ones_like(planes["scale"])  # no token is too small to see, and no channel
+        cache.value_scale = None if cache.value_scale is None else mx.ones_like(cache.value_scale)
         expected = exactly(args, on)
         compare(config, fused(config, args, on), expected)
         keys, values, row = cache.key_planes, cache.value_planes, cache._packed_start + token

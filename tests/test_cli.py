@@ -264,8 +264,9 @@ def test_inspect_a_real_model(run: Run) -> None:
     packed = 3 * 2 * (16 + 2)  # rvq1: 2 bits an element and a norm
     fp16, rvq1 = (scheme["nbytes"]["1024"] for scheme in report["schemes"])
     frame = 4 * 3 * (64 + 64 + 32)  # the mean key, what of it does not turn, and a scale a rotary pair
+    scales = 4 * 3 * 64  # of value channels
     assert fp16 == 30 * 1024 * dense
-    assert rvq1 == 4 * 1024 * dense + 26 * ((36 + BLOCK) * dense + (1024 - 36) * packed + frame)
+    assert rvq1 == 4 * 1024 * dense + 26 * ((36 + BLOCK) * dense + (1024 - 36) * packed + frame + scales)
 
 
 def test_inspect_gives_the_window_and_other_head_sizes(run: Run, tmp_path: Path) -> None:
