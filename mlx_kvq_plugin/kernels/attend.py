@@ -369,8 +369,9 @@ class FusedPlan:
         if self.merge is None:
             return found[0]
         count = len(sizes.constants)  # integers and tables, after which come queries, then the arrays of each sequence
-        frame, step = len(self.key_planes) + len(self.value_planes), (len(self.key_planes) + len(self.value_planes) + 3)
-        frames = [arrays[count + 1 + step * row + frame] for row in range(count - 1)] if self.call.scales_values else []
+        planes = len(self.key_planes) + len(self.value_planes)  # then a frame, and dense keys and values
+        first, step = count + 1 + planes, planes + 3
+        frames = [arrays[first + step * row] for row in range(count - 1)] if self.call.scales_values else []
         return self.merge(
             inputs=[*found, arrays[0], arrays[count - 1], *frames],
             grid=self._merge_grid,

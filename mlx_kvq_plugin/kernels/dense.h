@@ -3,8 +3,8 @@
 //
 // Defined before, besides the constants of attend.h: KVQ_DENSE_CHUNK (tokens whose scores are in shared memory at a
 // time), KVQ_CAUSAL, KVQ_SINKS (whether sink logits join the softmax), KVQ_PENDING; by the prologue: pointers of the dense
-// tokens of this sequence and head, dense, sinks, packed, columns, value_signs, value_channels. With KVQ_PENDING, newer dense tokens of
-// all sequences stand in one array of that many a sequence.
+// tokens of this sequence and head, dense, sinks, packed, columns, value_signs, value_channels. With KVQ_PENDING, newer
+// dense tokens of all sequences stand in one array of that many a sequence.
 if (KVQ_GROUP_X == 0) {
 #if KVQ_PENDING
 #define KVQ_DENSE_AT(name, j, size, c) \
