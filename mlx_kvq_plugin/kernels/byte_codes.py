@@ -6,8 +6,8 @@ the lower and one for the upper half of the codes, whose products add up: an ind
 -1, the sign of the entry, and the other table is one larger to make up for the -1.
 
 The 32 levels of a trellis code take as much: 16 sizes, of which one table or the other gives a byte and the other one
-0, and a sign, whose byte of ones turns `x` into `-1 - x`. Levels then are half a unit above their bytes, which sums of
-the other operand make up for.
+0, and a sign: its bit is moved to the highest of a byte, which `kvq_permute` repeats, and the byte of ones turns `x`
+into `-1 - x`. Levels then are half a unit above their bytes, which sums of the other operand make up for.
 
 Levels are rounded to integers of at most 126 in a unit chosen for each number of bits (`byte_levels`): within 0.003 of
 a standard deviation at 4 bits, 0.0013 at 3, less below; to 0.012 for 32 levels. Queries and weights, which are the
@@ -99,7 +99,7 @@ def _single_bits(names: dict[int, str]) -> str:
 def _nibbles(side: str, layout: CodeLayout) -> str:
     """`<side>_nibbles(words of the fields, out)`: word j holds slots j, low nibble, and j + 4 / width of each byte.
 
-    Of signed codes the nibbles choose sizes, and words of signs follow: 1 for positive levels.
+    Of signed codes the nibbles choose sizes, and the word of signs follows: 1 for negative levels.
     """
     names = [f"w{i}" for i in range(len(layout.index_fields))]
     fields = list(zip(names, layout.index_fields, strict=True))
@@ -109,9 +109,8 @@ def _nibbles(side: str, layout: CodeLayout) -> str:
     if layout.generators and layout.bits >= MAX_BITS:
         if _signed(layout):
             sign = places.pop(MAX_BITS)
-            for place, name in places.items():
-                body += f"  const kvq_uint s{place} = ~({name} ^ {sign});\n"
-            body += "".join(f"  out[{4 + j}] = {moved(sign, -j)} & 0x11111111u;\n" for j in range(4))
+            body += f"  out[4] = kvq_not({sign});\n"
+            body += "".join(f"  const kvq_uint s{place} = {name} ^ out[4];\n" for place, name in places.items())
             places = {place: f"s{place}" for place in places}
         body += _single_bits(places)
     elif layout.wide == 1 and len(fields) == 2:  # two single bits: first together, of every other slot
@@ -135,19 +134,18 @@ def _nibbles(side: str, layout: CodeLayout) -> str:
 
 
 def _lookups(side: str, layout: CodeLayout) -> str:
-    """`<side>_lookup(nibbles, signs, high, out, stride)`: levels of the four low, or high, nibbles, from each table.
+    """`<side>_lookup(nibbles, negative, high, out, stride)`: levels of the four low, or high, nibbles, from each table.
 
-    `signs` counts for signed codes only, whose tables give one level.
+    `negative` counts for signed codes only, whose tables give one level: ones in the bytes of negative levels.
     """
     found = tables(layout.book)
     chosen = []
     for i, (low, high) in enumerate(found):
-        index = "nibbles" if i == 0 else "(nibbles ^ 0x88888888u)"
+        index = "nibbles" if i == 0 else "kvq_flip(nibbles, 0x88888888u)"
         chosen.append(f"kvq_permute(0x{low:08x}u, 0x{high:08x}u, high ? {index} >> 16 : {index})")
     name, unit = side.upper(), byte_levels(layout.book)[1]
     if _signed(layout):
-        negative = "kvq_permute(0x000000ffu, 0u, high ? signs >> 16 : signs)"
-        body = f"  out[0] = ({' | '.join(chosen)}) ^ {negative};\n"
+        body = f"  out[0] = ({' | '.join(chosen)}) ^ negative;\n"
         count, unit = 1, 2 * unit
     else:
         body = "".join(f"  out[{i} * stride] = {text};\n" for i, text in enumerate(chosen))
@@ -155,16 +153,20 @@ def _lookups(side: str, layout: CodeLayout) -> str:
     return (
         f"#define KVQ_{name}_TABLES {count}\n#define KVQ_{name}_UNIT {unit:.9e}f\n"
         f"#define KVQ_{name}_SIGNED {int(_signed(layout))}\n"
-        f"KVQ_FUNC void {side}_lookup(kvq_uint nibbles, kvq_uint signs, bool high, KVQ_PRIVATE kvq_uint* out, "
+        f"KVQ_FUNC void {side}_lookup(kvq_uint nibbles, kvq_uint negative, bool high, KVQ_PRIVATE kvq_uint* out, "
         f"int stride) {{\n{body}}}\n"
     )
 
 
-def _shared_text(side: str, layout: CodeLayout, parts: int) -> str:
+def _signs_of(word: str, slot: int) -> str:
+    """A word whose bytes have the bit of a slot at the place of their sign, for `kvq_permute` to repeat it."""
+    return moved(word, 7 - slot)
+
+
+def _shared_text(side: str, layout: CodeLayout, parts: int, upper: bool = False) -> str:
     """What both sides have: loads of one of `parts` parts of rows, coded bits, nibble words, lookups."""
-    return (
-        loader(side, layout, parts) + coded_text(side, layout, parts) + _nibbles(side, layout) + _lookups(side, layout)
-    )
+    coded = coded_text(side, layout, parts, upper)
+    return loader(side, layout, parts) + coded + _nibbles(side, layout) + _lookups(side, layout)
 
 
 def key_bytes_text(layout: CodeLayout) -> str:
@@ -180,14 +182,16 @@ def key_bytes_text(layout: CodeLayout) -> str:
     quads = layout.dim // 16
     signed = _signed(layout)
     text, found = index_words("key", layout, words, "words")
-    body = text + f"  kvq_uint nibbles[{2 * pairs if signed else pairs}];\n"
+    body = text + f"  kvq_uint nibbles[{pairs + signed}];\n"
     for word, given in enumerate(found):
         body += f"  key_nibbles({', '.join(given)}, nibbles);\n"
         for j in range(pairs):
+            first, second = (_signs_of("nibbles[4]", slot) for slot in (j, j + 4))
             for half in range(halves):
-                at, signs = (word * pairs + j) * halves + half, f"nibbles[{pairs + j}]" if signed else "0u"
-                high = "true" if half else "false"
-                body += f"  key_lookup(nibbles[{j}], {signs}, {high}, out + {at}, {quads});\n"
+                at, high = (word * pairs + j) * halves + half, "true" if half else "false"
+                order = "0xfbeau" if half else "0xd9c8u"
+                negative = f"kvq_permute({first}, {second}, {order})" if signed else "0u"
+                body += f"  key_lookup(nibbles[{j}], {negative}, {high}, out + {at}, {quads});\n"
     byte = f"quad / {pairs * halves} * 4 + quad % {halves} * 2 + i / 2"
     slot = f"quad / {halves} % {pairs} + i % 2 * {pairs}"
     assert words * pairs * halves == quads and slots == 2 * pairs
@@ -210,56 +214,68 @@ def value_bytes_text(layout: CodeLayout) -> str:
     words, pairs = -(-chunk // 4), _partner(layout)
     bytes_ = min(4, chunk)
     quads = layout.dim // 8
-    narrow = chunk < 4  # two tokens share a word
+    narrow = chunk < 4  # two tokens share a word, in bytes in turn
+    upper = chunk == 2  # coded bits are in the high halves of words
     signed = _signed(layout)
-    lines = [f"kvq_uint {name}[{2 * pairs if signed else pairs}];" for name in ("p", "q", "r", "s")]
-    lines.append("kvq_uint low, high, both, low_signs, high_signs, signs = 0u;")
+    lines = [f"kvq_uint {name}[{pairs + signed}];" for name in ("p", "q", "r", "s")]
+    lines.append("kvq_uint low, high, both;")
     own = {name: index_words("value", layout, words, name) for name in "abcd"}
     at = 0
+
+    def negatives(byte: int, slot: int, word: int) -> str:
+        """Ones in the bytes of those of four tokens whose level is negative."""
+        if not signed:
+            return "0u"
+        if narrow:
+            return f"kvq_permute({_signs_of('p[4]', slot)}, {_signs_of('q[4]', slot)}, {('0xd9c8u', '0xfbeau')[byte]})"
+        ab, cd = (f"{'high' if byte > 1 else 'low'}_{pair}{word}" for pair in ("ab", "cd"))
+        return f"kvq_permute({_signs_of(ab, slot)}, {_signs_of(cd, slot)}, {('0xdc98u', '0xfebau')[byte % 2]})"
+
     for word in range(words):
         tokens = {name: own[name][1][word] for name in "abcd"}
         if narrow:
             sides = {
-                "p": [f"kvq_low_halves({x}, {y})" for x, y in zip(tokens["a"], tokens["c"], strict=True)],
-                "q": [f"kvq_low_halves({x}, {y})" for x, y in zip(tokens["b"], tokens["d"], strict=True)],
+                name: [
+                    f"kvq_permute({x}, {y}, {'0x7362u' if upper and i >= len(layout.fields) else '0x5140u'})"
+                    for i, (x, y) in enumerate(zip(tokens[first], tokens[second], strict=True))
+                ]
+                for name, first, second in (("p", "a", "c"), ("q", "b", "d"))
             }
         else:
             sides = {"p": tokens["a"], "q": tokens["b"], "r": tokens["c"], "s": tokens["d"]}
         lines += [f"value_nibbles({', '.join(given)}, {name});" for name, given in sides.items()]
+        if signed and not narrow:  # signs of tokens a and b, and c and d, in bytes in turn: two bytes, then the others
+            for name, order in (("low_ab", "0x5140u"), ("high_ab", "0x7362u")):
+                lines.append(f"const kvq_uint {name}{word} = kvq_permute(p[4], q[4], {order});")
+                lines.append(f"const kvq_uint {name[:-2]}cd{word} = kvq_permute(r[4], s[4], {order});")
         for j in range(pairs):
             for odd in range(2):
 
-                def joined(x: str, y: str, place: int, odd: int = odd) -> str:
+                def joined(x: str, y: str, j: int = j, odd: int = odd) -> str:
                     """Nibbles of two tokens in each byte: of the even, or the odd, nibbles."""
                     if odd:
-                        return f"kvq_select(0x0f0f0f0fu, {x}[{place}] >> 4, {y}[{place}])"
-                    return f"kvq_select(0x0f0f0f0fu, {x}[{place}], {y}[{place}] << 4)"
+                        return f"kvq_select(0x0f0f0f0fu, {x}[{j}] >> 4, {y}[{j}])"
+                    return f"kvq_select(0x0f0f0f0fu, {x}[{j}], {y}[{j}] << 4)"
 
-                chosen: list[list[str]] = []  # codes of four tokens in each half, then their signs
-                for place in (j, pairs + j) if signed else (j,):
-                    low, high = ("low", "high") if place == j else ("low_signs", "high_signs")
-                    lines.append(f"{low} = {joined('p', 'q', place)};")
-                    if narrow:
-                        chosen.append([f"kvq_permute({low}, {low}, 0x3120u)"])
-                    else:
-                        lines.append(f"{high} = {joined('r', 's', place)};")
-                        chosen.append([f"kvq_permute({low}, {high}, {order})" for order in ("0x5140u", "0x7362u")])
-                for i, some in enumerate(chosen[0]):
+                lines.append(f"low = {joined('p', 'q')};")
+                if narrow:
+                    chosen = ["low"]
+                else:
+                    lines.append(f"high = {joined('r', 's')};")
+                    chosen = [f"kvq_permute(low, high, {order})" for order in ("0x5140u", "0x7362u")]
+                for i, some in enumerate(chosen):  # codes of four tokens in each half
                     lines.append(f"both = {some};")
-                    if signed:
-                        lines.append(f"signs = {chosen[1][i]};")
-                    for half in range(2):
-                        if 2 * i + half < bytes_:
-                            high = "true" if half else "false"
-                            lines.append(f"value_lookup(both, signs, {high}, out + {at}, {quads});")
-                            at += 1
+                    for half in range(min(2, bytes_ - 2 * i)):
+                        negative, high = negatives(2 * i + half, j + 4 * odd, word), "true" if half else "false"
+                        lines.append(f"value_lookup(both, {negative}, {high}, out + {at}, {quads});")
+                        at += 1
     assert at == quads
     body = "".join(own[name][0] for name in "abcd") + "".join(f"  {line}\n" for line in lines)
     slot = f"quad / {2 * bytes_} % {pairs} + quad / {bytes_} % 2 * {pairs}"
     byte = f"quad / {2 * bytes_ * pairs} * 4 + quad % {bytes_}"
     tokens_ = ", ".join(f"KVQ_PRIVATE const kvq_uint* {name}" for name in "abcd")
     return (
-        _shared_text("value", layout, 8)
+        _shared_text("value", layout, 8, upper)
         + f"KVQ_FUNC void value_quads({tokens_}, KVQ_PRIVATE kvq_uint* out) {{\n{body}}}\n"
         + "KVQ_FUNC int value_channel(int eighth, int quad) {\n"
         + f"  return ({slot}) * {layout.run} + eighth * {chunk} + {byte};\n}}\n"

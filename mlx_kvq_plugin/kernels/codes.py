@@ -315,8 +315,12 @@ def _loader_text(side: str, layout: CodeLayout, count: int, words: int, pointers
     )
 
 
-def coded_text(side: str, layout: CodeLayout, parts: int) -> str:
-    """`<side>_coded(own, before, out)`: words of the coded bits of a word of trellis bits; nothing for other codes."""
+def coded_text(side: str, layout: CodeLayout, parts: int, upper: bool = False) -> str:
+    """`<side>_coded(own, before, out)`: words of the coded bits of a word of trellis bits; nothing for other codes.
+
+    A tap is a shift to the left, which not only the pipe of shifts can do, of a word that has the bits before below.
+    `upper` leaves the coded bits of half words in the high halves.
+    """
     if not layout.generators:
         return ""
     size = 8 * (layout.run // parts)  # bits of `own`, if that is less than a word
@@ -325,11 +329,15 @@ def coded_text(side: str, layout: CodeLayout, parts: int) -> str:
         body += f"  const kvq_uint register_ = own << {size} | before;\n"
     taken = sorted({j for generator in layout.generators for j in range(MEMORY + 1) if generator >> j & 1})
     for j in taken:
-        moved_ = f"register_ >> {size - j}" if size < 32 else f"kvq_funnel(own, before, {j})" if j else "own"
-        body += f"  const kvq_uint t{j} = {moved_};\n"
+        whole = f"kvq_funnel(own, before, {j})" if j else "own"
+        body += f"  const kvq_uint t{j} = {moved('register_', j) if size < 32 else whole};\n"
     for i, generator in enumerate(layout.generators):
         terms = " ^ ".join(f"t{j}" for j in taken if generator >> j & 1)
-        body += f"  out[{i}] = {f'({terms}) & 0xffu' if size < 16 else terms};\n"
+        if size == 16 and not upper:
+            terms = f"({terms}) >> 16"
+        elif size < 16:
+            terms = f"({terms}) >> {size} & 0xffu"
+        body += f"  out[{i}] = {terms};\n"
     return f"KVQ_FUNC void {side}_coded(kvq_uint own, kvq_uint before, KVQ_PRIVATE kvq_uint* out) {{\n{body}}}\n"
 
 

@@ -56,6 +56,13 @@ KVQ_FUNC float kvq_shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xfff
 KVQ_FUNC float kvq_shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 // x, in a way that compilers cannot see through, so that it stays in a register: groups have one dimension.
 KVQ_FUNC kvq_uint kvq_opaque(kvq_uint x) { return x + threadIdx.y; }
+// ~x and x ^ mask: compilers would move the one behind every exclusive or, and make two of the other before a shift.
+KVQ_FUNC kvq_uint kvq_not(kvq_uint x) { kvq_uint y; asm("not.b32 %0, %1;" : "=r"(y) : "r"(x)); return y; }
+KVQ_FUNC kvq_uint kvq_flip(kvq_uint x, kvq_uint mask) {
+  kvq_uint y;
+  asm("xor.b32 %0, %1, %2;" : "=r"(y) : "r"(x), "r"(mask));
+  return y;
+}
 KVQ_FUNC kvq_uint kvq_shuffle_xor_uint(kvq_uint x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 KVQ_FUNC kvq_uint kvq_shuffle_uint(kvq_uint x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 KVQ_FUNC bool kvq_any(bool x) { return __any_sync(0xffffffffu, x) != 0; }

@@ -66,6 +66,8 @@ KVQ_FUNC kvq_uint kvq_hfma2(kvq_uint x, kvq_uint y, kvq_uint z) {
 KVQ_FUNC kvq_uint kvq_low_halves(kvq_uint x, kvq_uint y) { return (x & 0xffffu) | (y << 16); }
 KVQ_FUNC kvq_uint kvq_high_halves(kvq_uint x, kvq_uint y) { return (x >> 16) | (y & 0xffff0000u); }
 KVQ_FUNC kvq_uint kvq_opaque(kvq_uint x) { return x; }
+KVQ_FUNC kvq_uint kvq_flip(kvq_uint x, kvq_uint mask) { return x ^ mask; }
+KVQ_FUNC kvq_uint kvq_not(kvq_uint x) { return ~x; }
 KVQ_FUNC kvq_uint kvq_funnel(kvq_uint high, kvq_uint low, int bits) { return (high << bits) | (low >> (32 - bits)); }
 KVQ_FUNC kvq_uint kvq_select(kvq_uint mask, kvq_uint x, kvq_uint y) { return (x & mask) | (y & ~mask); }
 
