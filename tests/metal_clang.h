@@ -45,6 +45,7 @@ int min(int, int);
 int max(int, int);
 float fma(float, float, float);
 half2 fma(half2, half2, half2);
+half2 min(half2, half2);
 namespace fast {
 float exp2(float);
 float log2(float);

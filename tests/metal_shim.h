@@ -51,6 +51,7 @@ struct half2 {
   half2(half a, half b) : x(a), y(b) {}
 };
 static inline half2 operator+(half2 a, half2 b) { return half2((half)((float)a.x + (float)b.x), (half)((float)a.y + (float)b.y)); }
+static inline half2 operator-(half2 a, half2 b) { return half2((half)((float)a.x - (float)b.x), (half)((float)a.y - (float)b.y)); }
 static inline half2 operator*(half2 a, half2 b) { return half2((half)((float)a.x * (float)b.x), (half)((float)a.y * (float)b.y)); }
 
 struct bfloat16_t {
@@ -75,6 +76,7 @@ namespace metal {
 
 static inline float fabs(float x) { return ::fabsf(x); }
 static inline float fmax(float x, float y) { return ::fmaxf(x, y); }
+static inline float fmin(float x, float y) { return ::fminf(x, y); }
 static inline int min(int x, int y) { return x < y ? x : y; }
 static inline int max(int x, int y) { return x > y ? x : y; }
 static inline float fma(float x, float y, float z) { return ::fmaf(x, y, z); }
@@ -89,6 +91,7 @@ static inline half fma(half x, half y, half z) {
   }
   return (half)near;
 }
+static inline half2 min(half2 x, half2 y) { return half2(y.x < x.x ? y.x : x.x, y.y < x.y ? y.y : x.y); }
 static inline half2 fma(half2 x, half2 y, half2 z) { return half2(fma(x.x, y.x, z.x), fma(x.y, y.y, z.y)); }
 
 namespace fast {

@@ -106,13 +106,14 @@ def check_codec(codec: Any, got: Planes, plain: Planes, x: Any, lost: Any) -> No
 
 
 def check_trellis(codec: TrellisCoded, got: Planes, plain: Planes, y: Any, z: Any, slack: Any) -> None:
-    """Paths may differ where two are as good; what they cost may not, nor how codes follow from trellis bits."""
+    """Paths may differ where half precision finds two as good; what they cost may not, nor how codes follow."""
     dim, book = y.shape[-1], levels(codec)
     codes, plain_codes = codes_of(codec, got, dim), codes_of(codec, plain, dim)
     cost, plain_cost = (np.sum((z - book[c]) ** 2, axis=-1, keepdims=True) for c in (codes, plain_codes))
-    assert np.all(np.abs(cost - plain_cost) <= 8 * slack * np.sqrt(dim) * np.sqrt(plain_cost + 1) + 1e-9)
+    assert np.all(np.abs(cost - plain_cost) <= 0.03 * plain_cost + 8 * slack * np.sqrt(dim) * np.sqrt(plain_cost + 1))
+    assert np.sum(np.abs(cost - plain_cost)) <= 0.003 * np.sum(plain_cost) + 1e-9
     different = (codes != plain_codes).any(axis=-1)
-    assert different.mean() <= 0.02 if different.size else True
+    assert different.mean() <= 0.3 if different.size else True
     expected = best_scale(codec, y, codes)
     assert np.all(np.abs(in_float64(got["scale"]) - expected) <= 1.01 * SCALE_ULP * expected + 1e-37)
 
@@ -157,7 +158,7 @@ def test_blocks_are_encoded_by_trellis_codes(kind: Kind, on: str) -> None:
 
 
 @pytest.mark.parametrize("on", PRELUDES)
-@pytest.mark.parametrize("kind", KINDS[:4], ids=str)
+@pytest.mark.parametrize("kind", [*KINDS[:4], TRELLIS_KINDS[0]], ids=str)
 def test_blocks_on_every_prelude(kind: Kind, on: str) -> None:
     check(kind, Shape(1, 2, 40, 45, 3, 0, 0, 70, 1.0, 0), on)
 

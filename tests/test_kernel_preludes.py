@@ -27,6 +27,7 @@ FLOATS = {
     "kvq_sqrt(kvq_abs(x))": (lambda x, y, z: np.sqrt(np.abs(x)), 0),
     "kvq_tanh(x)": (lambda x, y, z: np.tanh(x), 1e-6),
     "kvq_max(x, y)": (lambda x, y, z: np.maximum(x, y), 0),
+    "kvq_least(x, y)": (lambda x, y, z: np.minimum(x, y), 0),
     "kvq_fma(x, y, z)": (lambda x, y, z: (x.astype(np.longdouble) * y + z).astype(np.float32), 0),
     "(float)kvq_min((int)x, (int)y)": (lambda x, y, z: np.minimum(np.trunc(x), np.trunc(y)), 0),
     "kvq_to_float(x)": (lambda x, y, z: x, 0),
@@ -61,6 +62,8 @@ def _pairs(function: Any) -> Any:
 
 WORDS = {
     "kvq_hadd2(x, y)": _pairs(lambda x, y, z: x + y),
+    "kvq_hsub2(x, y)": _pairs(lambda x, y, z: x - y),
+    "kvq_hmin2(x, y)": _pairs(lambda x, y, z: np.minimum(x, y)),
     "kvq_hmul2(x, y)": _pairs(lambda x, y, z: x * y),
     "kvq_hfma2(x, y, z)": _pairs(lambda x, y, z: x * y + z),
     "kvq_hfma2(x, x, z)": _pairs(lambda x, y, z: x * x + z),
@@ -70,7 +73,8 @@ WORDS = {
     "kvq_select(x, y, z)": lambda x, y, z: (x & y) | (~x & z),
     "kvq_funnel(x, y, 1)": lambda x, y, z: x << 1 | y >> 31,
     "kvq_funnel(x, y, 8)": lambda x, y, z: x << 8 | y >> 24,
-    "(kvq_uint)kvq_least((float)(x & 255u), (float)(y & 255u))": lambda x, y, z: np.minimum(x & 255, y & 255),
+    "kvq_not(x)": lambda x, y, z: ~x,
+    "kvq_flip(x, 0x88888888u)": lambda x, y, z: x ^ 0x88888888,
     "kvq_opaque(x)": lambda x, y, z: x,
     "kvq_shuffle_xor_uint(x, 5)": lambda x, y, z: x.reshape(-1, 32)[:, np.arange(32) ^ 5].reshape(-1),
     "kvq_shuffle_uint(x, 31 - KVQ_LANE)": lambda x, y, z: x.reshape(-1, 32)[:, ::-1].reshape(-1),

@@ -123,11 +123,6 @@ def merges_at_the_end(name: str) -> bool:
     return name in _like_cuda
 
 
-def keeps_step(name: str) -> bool:
-    """Whether the warps of a large group can go through long loops together, as they need the same instructions."""
-    return name in _like_cuda
-
-
 def build(
     name: str,
     inputs: Sequence[str],

@@ -28,7 +28,6 @@ struct kvq_bfloat {
 #define KVQ_GROUP_Z kvq_host_group(2)
 #define KVQ_BARRIER() kvq_host_barrier(__LINE__)
 #define KVQ_WARP_BARRIER() kvq_host_warp_barrier(__LINE__)
-#define KVQ_LOCKSTEP()
 
 #define KVQ_UNROLL
 #define KVQ_NO_UNROLL
@@ -72,6 +71,12 @@ KVQ_FUNC float kvq_high_half(kvq_uint x) { return (float)kvq_bits_half(x >> 16);
 // Sums and products of half precision numbers, rounded to float32 first, round as if that had not been done.
 KVQ_FUNC kvq_uint kvq_hadd2(kvq_uint x, kvq_uint y) {
   return kvq_pack_half2(kvq_low_half(x) + kvq_low_half(y), kvq_high_half(x) + kvq_high_half(y));
+}
+KVQ_FUNC kvq_uint kvq_hsub2(kvq_uint x, kvq_uint y) {
+  return kvq_pack_half2(kvq_low_half(x) - kvq_low_half(y), kvq_high_half(x) - kvq_high_half(y));
+}
+KVQ_FUNC kvq_uint kvq_hmin2(kvq_uint x, kvq_uint y) {
+  return kvq_pack_half2(kvq_least(kvq_low_half(x), kvq_low_half(y)), kvq_least(kvq_high_half(x), kvq_high_half(y)));
 }
 KVQ_FUNC kvq_uint kvq_hmul2(kvq_uint x, kvq_uint y) {
   return kvq_pack_half2(kvq_low_half(x) * kvq_low_half(y), kvq_high_half(x) * kvq_high_half(y));

@@ -32,7 +32,6 @@ typedef long long kvq_long;
 #define KVQ_GROUP_Z ((int)blockIdx.z)
 #define KVQ_BARRIER() __syncthreads()
 #define KVQ_WARP_BARRIER() __syncwarp()
-#define KVQ_LOCKSTEP() __syncthreads()  // of threads that have not ended; no order of memory is needed
 
 #define KVQ_UNROLL _Pragma("unroll")
 #define KVQ_NO_UNROLL _Pragma("unroll 1")
@@ -74,6 +73,8 @@ KVQ_FUNC kvq_uint kvq_pack_half2(float low, float high) { return kvq_as_uint(__f
 KVQ_FUNC float kvq_low_half(kvq_uint x) { return __low2float(kvq_as_half2(x)); }
 KVQ_FUNC float kvq_high_half(kvq_uint x) { return __high2float(kvq_as_half2(x)); }
 KVQ_FUNC kvq_uint kvq_hadd2(kvq_uint x, kvq_uint y) { return kvq_as_uint(__hadd2(kvq_as_half2(x), kvq_as_half2(y))); }
+KVQ_FUNC kvq_uint kvq_hsub2(kvq_uint x, kvq_uint y) { return kvq_as_uint(__hsub2(kvq_as_half2(x), kvq_as_half2(y))); }
+KVQ_FUNC kvq_uint kvq_hmin2(kvq_uint x, kvq_uint y) { return kvq_as_uint(__hmin2(kvq_as_half2(x), kvq_as_half2(y))); }
 KVQ_FUNC kvq_uint kvq_hmul2(kvq_uint x, kvq_uint y) { return kvq_as_uint(__hmul2(kvq_as_half2(x), kvq_as_half2(y))); }
 KVQ_FUNC kvq_uint kvq_hfma2(kvq_uint x, kvq_uint y, kvq_uint z) {
   return kvq_as_uint(__hfma2(kvq_as_half2(x), kvq_as_half2(y), kvq_as_half2(z)));

@@ -9,7 +9,7 @@ const kvq_long plane = (kvq_long)batch * dense_keys_shape[1] + head;
 const int rows = dense_keys_shape[2], tiles = (count + KVQ_TILE - 1) / KVQ_TILE;
 #if KVQ_TRELLIS
 KVQ_SHARED_ARRAY(float, shared_tokens, KVQ_WARPS * 32 * 16);
-KVQ_SHARED_ARRAY(float, shared_distance, KVQ_WARPS * 4 * KVQ_DISTANCES);
+KVQ_SHARED_ARRAY(kvq_uint, shared_distance, KVQ_WARPS * 4 * KVQ_DISTANCES);
 KVQ_SHARED_ARRAY(kvq_uint, shared_bits, KVQ_WARPS * 16);
 KVQ_SHARED_ARRAY(kvq_uint, shared_planes, KVQ_WARPS * 48);
 kvq_workspace work;

@@ -14,7 +14,7 @@ from ..cache_state import pad_tokens
 from ..errors import KernelError
 from ..rotary import BLOCK, block_tables
 from ..rotation import signs
-from .build import backend, build, keeps_step, numbers
+from .build import build, numbers
 from .lanes import WARPS, encode_text, trellis_defines, trellis_dim
 from .sides import Sides, sides_key, why_not_here
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 TILE = 32  # tokens of a group of threads
 TRELLIS_TILE = 4  # tokens of a warp that encodes by Viterbi's algorithm
-TRELLIS_WARPS = 8  # of a group of them, one group a core: they go through the algorithm in step
-TRELLIS_WARPS_APART = 1  # where they cannot
+TRELLIS_WARPS = 4  # of a group of them
+TRELLIS_GROUPS_PER_CORE = 4
 
 Planes = dict[str, mx.array]
 Encoded = tuple[Planes, Planes, mx.array | None, mx.array | None]
@@ -55,9 +55,8 @@ class Encoder:
             self.dtypes += [sides.key_dtype, sides.value_dtype]
         names = ["start", "count", "position", "dense", "capacity"]
         trellis = trellis_dim(sides.codecs, sides.dims)
-        in_step = TRELLIS_WARPS if keeps_step(on or backend()) else TRELLIS_WARPS_APART
-        self.warps = in_step if trellis else WARPS
-        self.tile = TRELLIS_TILE * in_step if trellis else TILE
+        self.warps = TRELLIS_WARPS if trellis else WARPS
+        self.tile = TRELLIS_TILE * self.warps if trellis else TILE
         headers = ["common.h", "lanes.h", *(["encode_trellis.h"] if trellis else []), "encode_tokens.h"]
         self.kernel = build(
             "encode",
@@ -66,7 +65,7 @@ class Encoder:
             ["encode.h"],
             headers,
             {
-                **(sides.defines(self.warps, TRELLIS_WARPS // self.warps) if trellis else sides.defines()),
+                **(sides.defines(self.warps, TRELLIS_GROUPS_PER_CORE) if trellis else sides.defines()),
                 **trellis_defines(sides.codecs, sides.dims),
                 "KVQ_TILE": self.tile,
                 "KVQ_COMPACT": compact,

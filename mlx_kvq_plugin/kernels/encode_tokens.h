@@ -113,7 +113,7 @@ KVQ_FUNC void kvq_encode(P x, KVQ_DEVICE const float* signs, KVQ_PRIVATE const k
     float product = 0.0f, size = 0.0f;
     kvq_uint codes[4];
 #if KVQ_TRELLIS
-    if (KVQ_CODED(SIDE)) {
+    if (KVQ_CODED(SIDE) > 0) {
       KVQ_WARP_BARRIER();
       KVQ_UNROLL
       for (int j = 0; j < 16; j++)
@@ -133,7 +133,7 @@ KVQ_FUNC void kvq_encode(P x, KVQ_DEVICE const float* signs, KVQ_PRIVATE const k
       KVQ_UNROLL
       for (int i = 0; i < 4; i++) {
 #if KVQ_TRELLIS
-        if (KVQ_CODED(SIDE)) {
+        if (KVQ_CODED(SIDE) > 0) {
           const int j = 4 * quad + i, time = kvq_time<SIDE>(kvq_channel<SIDE>(j, place));
           float level = 0.0f;
           const kvq_uint found = kvq_coded<SIDE>(work, own_token, time, y[j], &level);
@@ -151,7 +151,7 @@ KVQ_FUNC void kvq_encode(P x, KVQ_DEVICE const float* signs, KVQ_PRIVATE const k
       }
     }
     product = kvq_token_sum<SIDE>(product);
-    if (KVQ_CODED(SIDE)) product /= inverse;
+    if (KVQ_CODED(SIDE) > 0) product /= inverse;
     size = kvq_token_sum<SIDE>(size);
     float factor = product / size;
     if (KVQ_SCALING(SIDE) == 1) factor = kvq_sqrt(energy / size);

@@ -14,17 +14,19 @@ KVQ_FUNC kvq_uint kvq_parts(int sub);
 template <int SIDE>
 KVQ_FUNC int kvq_column(int age);
 template <int SIDE>
-KVQ_FUNC void kvq_steps(KVQ_GROUP_MEMORY const float* distance, kvq_uint parts, int sub, KVQ_PRIVATE float* c,
+KVQ_FUNC void kvq_steps(KVQ_GROUP_MEMORY const kvq_uint* distance, kvq_uint parts, int sub, KVQ_PRIVATE kvq_uint* c,
                         KVQ_PRIVATE kvq_uint* oldest);
 template <int SIDE>
-KVQ_FUNC void kvq_first_steps(KVQ_GROUP_MEMORY const float* distance, kvq_uint parts, int sub, KVQ_PRIVATE float* c);
+KVQ_FUNC void kvq_first_steps(KVQ_GROUP_MEMORY const kvq_uint* distance, kvq_uint parts, int sub, KVQ_PRIVATE kvq_uint* c);
 
 #define KVQ_AT_ONCE(SIDE) (KVQ_TOKENS(SIDE) < 4 ? KVQ_TOKENS(SIDE) : 4)  // tokens
-#define KVQ_DISTANCES 72  // floats of a token's table: eight channels and subsets, and eight more, for other banks
+#define KVQ_DISTANCES 72  // words of a token's table: eight channels and subsets, and eight more, for other banks
+
+#define KVQ_FAR 10000.0f  // the cost of what is not to be chosen: others stay far below, sums inside of half precision
 
 struct kvq_workspace {  // of a warp
   KVQ_GROUP_MEMORY float* tokens;     // D coordinates of each, in time
-  KVQ_GROUP_MEMORY float* distance;   // of eight channels: to the nearest level of each subset
+  KVQ_GROUP_MEMORY kvq_uint* distance;  // of eight channels: to the nearest level of each subset, for pairs of states
   KVQ_GROUP_MEMORY kvq_uint* bits;    // D / 32 words of trellis bits for each of the warp's tokens
   KVQ_GROUP_MEMORY kvq_uint* planes;  // as many words for each coded bit
 };
@@ -36,28 +38,41 @@ KVQ_FUNC int kvq_time(int channel) {
 }
 
 // Costs of a lane's states after `length` channels of its token from `first` on, from those before; if it DECIDES, of each
-// channel a word too: for each of the lane's states, what its register dropped. Eight channels are more instructions
-// than are kept near a processor, so the warps of a group go through them together where that is possible.
+// channel a word too: for each of the lane's states, what its register dropped. Distances are those above the least of a
+// channel, which all paths have to bear, so that half precision has no large numbers to round.
 template <int SIDE, int DECIDES>
 KVQ_FUNC void kvq_forward(KVQ_PRIVATE const kvq_workspace& work, KVQ_GROUP_MEMORY const float* x, int first, int length,
-                          KVQ_PRIVATE float* cost, KVQ_PRIVATE kvq_uint* oldest, int lane) {
+                          KVQ_PRIVATE kvq_uint* cost, KVQ_PRIVATE kvq_uint* oldest, int lane) {
   const int subsets = KVQ_SUBSETS(SIDE), group = lane >> 3, sub = lane & 7;
   const kvq_uint parts = kvq_parts<SIDE>(sub);
-  KVQ_GROUP_MEMORY float* distance = work.distance + group * KVQ_DISTANCES;
+  const int other = kvq_column<SIDE>((sub + 4) & 7);  // what the place in which pairs differ changes of a subset
+  KVQ_GROUP_MEMORY kvq_uint* distance = work.distance + group * KVQ_DISTANCES;
   KVQ_NO_UNROLL
   for (int base = 0; base < length; base += 8) {
-    KVQ_LOCKSTEP();
     const float z = x[first + base + sub];
+    float nearest[KVQ_SUBSETS(SIDE)], second[KVQ_SUBSETS(SIDE)], least = 3.0e38f;
     KVQ_UNROLL
     for (int s = 0; s < subsets; s++) {
-      float nearest = 3.0e38f;
+      nearest[s] = 3.0e38f;
       KVQ_UNROLL
       for (int u = 0; u < KVQ_STORED(SIDE); u++) {
         const float e = z - kvq_level<SIDE>((float)(u * subsets + s));
-        nearest = kvq_least(nearest, e * e);
+        nearest[s] = kvq_least(nearest[s], e * e);
       }
-      distance[sub * subsets + s] = nearest;
+      least = kvq_least(least, nearest[s]);
     }
+    KVQ_UNROLL
+    for (int s = 0; s < subsets; s++) nearest[s] = kvq_least(nearest[s] - least, KVQ_FAR), second[s] = nearest[s];
+    KVQ_UNROLL
+    for (int bit = 1; bit < subsets; bit *= 2) {
+      KVQ_UNROLL
+      for (int s = 0; s < subsets; s++) {
+        const float low = second[s], high = second[s | bit];
+        if ((s & bit) == 0 && (other & bit) != 0) second[s] = high, second[s | bit] = low;
+      }
+    }
+    KVQ_UNROLL
+    for (int s = 0; s < subsets; s++) distance[sub * subsets + s] = kvq_pack_half2(nearest[s], second[s]);
     KVQ_WARP_BARRIER();
     if (DECIDES)
       kvq_steps<SIDE>(distance, parts, sub, cost, oldest + base);
@@ -92,22 +107,23 @@ template <int SIDE>
 KVQ_FUNC void kvq_viterbi(KVQ_PRIVATE const kvq_workspace& work, int token, int lane) {
   const int around = KVQ_AROUND(SIDE), group = (lane >> 3) % KVQ_AT_ONCE(SIDE), sub = lane & 7;
   KVQ_GROUP_MEMORY const float* x = work.tokens + (token + group) * KVQ_DIM(SIDE);
-  float cost[32];
+  kvq_uint cost[16];  // of pairs of states
   kvq_uint oldest[KVQ_DIM(SIDE)];
   KVQ_UNROLL
-  for (int r = 0; r < 32; r++) cost[r] = 0.0f;
+  for (int r = 0; r < 16; r++) cost[r] = 0u;
   int start = 0;
   kvq_forward<SIDE, 0>(work, x, KVQ_DIM(SIDE) - around, around, cost, oldest, lane);
   KVQ_NO_UNROLL
   for (int whole = 0; whole < 2; whole++) {
     kvq_forward<SIDE, 1>(work, x, 0, whole ? KVQ_DIM(SIDE) : around, cost, oldest, lane);
     if (whole) break;
-    float least = cost[0];
+    float least = kvq_low_half(cost[0]);
     int best = sub << 5;
     KVQ_UNROLL
     for (int r = 1; r < 32; r++) {
-      if (cost[r] < least) best = sub << 5 | r;
-      least = kvq_least(least, cost[r]);
+      const float own = r < 16 ? kvq_low_half(cost[r % 16]) : kvq_high_half(cost[r % 16]);
+      if (own < least) best = sub << 5 | r;
+      least = kvq_least(least, own);
     }
     KVQ_UNROLL
     for (int mask = 1; mask < 8; mask *= 2) {
@@ -118,7 +134,10 @@ KVQ_FUNC void kvq_viterbi(KVQ_PRIVATE const kvq_workspace& work, int token, int 
     }
     start = kvq_back<SIDE>(oldest, group, best, around, false, work.bits);
     KVQ_UNROLL
-    for (int r = 0; r < 32; r++) cost[r] = (sub << 5 | r) == start ? 0.0f : 1.0e30f;
+    for (int r = 0; r < 16; r++) {
+      const int state = sub << 5 | r;
+      cost[r] = kvq_pack_half2(state == start ? 0.0f : KVQ_FAR, (state | 16) == start ? 0.0f : KVQ_FAR);
+    }
   }
   const bool stores = sub == 0 && lane >> 3 < KVQ_AT_ONCE(SIDE);
   kvq_back<SIDE>(oldest, group, start, KVQ_DIM(SIDE), stores, work.bits + (token + group) * (KVQ_DIM(SIDE) / 32));

@@ -265,14 +265,14 @@ def encode_text(codecs: tuple[Codec, Codec], dims: tuple[int, int]) -> str:
         + _chosen(
             "void",
             "steps",
-            "KVQ_GROUP_MEMORY const float* distance, kvq_uint parts, int sub, "
-            "KVQ_PRIVATE float* c, KVQ_PRIVATE kvq_uint* oldest",
+            "KVQ_GROUP_MEMORY const kvq_uint* distance, kvq_uint parts, int sub, "
+            "KVQ_PRIVATE kvq_uint* c, KVQ_PRIVATE kvq_uint* oldest",
             "distance, parts, sub, c, oldest",
         )
         + _chosen(
             "void",
             "first_steps",
-            "KVQ_GROUP_MEMORY const float* distance, kvq_uint parts, int sub, KVQ_PRIVATE float* c",
+            "KVQ_GROUP_MEMORY const kvq_uint* distance, kvq_uint parts, int sub, KVQ_PRIVATE kvq_uint* c",
             "distance, parts, sub, c",
         )
         + _chosen("float", "level", "float code", "code")

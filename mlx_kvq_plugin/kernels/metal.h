@@ -28,7 +28,6 @@ typedef long kvq_long;
 // Shared memory only: no thread reads what another one wrote to an array of the device.
 #define KVQ_BARRIER() threadgroup_barrier(mem_flags::mem_threadgroup)
 #define KVQ_WARP_BARRIER() simdgroup_barrier(mem_flags::mem_threadgroup)
-#define KVQ_LOCKSTEP()
 
 #define KVQ_UNROLL _Pragma("clang loop unroll(full)")
 #define KVQ_NO_UNROLL _Pragma("clang loop unroll(disable)")
@@ -43,7 +42,7 @@ KVQ_FUNC float kvq_sqrt(float x) { return metal::precise::sqrt(x); }
 KVQ_FUNC float kvq_tanh(float x) { return metal::precise::tanh(x); }
 KVQ_FUNC float kvq_abs(float x) { return metal::fabs(x); }
 KVQ_FUNC float kvq_max(float x, float y) { return metal::fmax(x, y); }
-KVQ_FUNC float kvq_least(float x, float y) { return metal::min(x, y); }
+KVQ_FUNC float kvq_least(float x, float y) { return metal::fmin(x, y); }
 KVQ_FUNC int kvq_min(int x, int y) { return metal::min(x, y); }
 KVQ_FUNC float kvq_fma(float x, float y, float z) { return metal::fma(x, y, z); }
 
@@ -58,6 +57,8 @@ KVQ_FUNC kvq_uint kvq_pack_half2(float low, float high) { return as_type<kvq_uin
 KVQ_FUNC float kvq_low_half(kvq_uint x) { return (float)as_type<half2>(x).x; }
 KVQ_FUNC float kvq_high_half(kvq_uint x) { return (float)as_type<half2>(x).y; }
 KVQ_FUNC kvq_uint kvq_hadd2(kvq_uint x, kvq_uint y) { return as_type<kvq_uint>(as_type<half2>(x) + as_type<half2>(y)); }
+KVQ_FUNC kvq_uint kvq_hsub2(kvq_uint x, kvq_uint y) { return as_type<kvq_uint>(as_type<half2>(x) - as_type<half2>(y)); }
+KVQ_FUNC kvq_uint kvq_hmin2(kvq_uint x, kvq_uint y) { return as_type<kvq_uint>(min(as_type<half2>(x), as_type<half2>(y))); }
 KVQ_FUNC kvq_uint kvq_hmul2(kvq_uint x, kvq_uint y) { return as_type<kvq_uint>(as_type<half2>(x) * as_type<half2>(y)); }
 KVQ_FUNC kvq_uint kvq_hfma2(kvq_uint x, kvq_uint y, kvq_uint z) {
   return as_type<kvq_uint>(metal::fma(as_type<half2>(x), as_type<half2>(y), as_type<half2>(z)));

@@ -1,6 +1,8 @@
 """Text of encode_trellis.h that depends on a trellis code: distances to subsets, and eight steps of the register.
 
-Every state of a lane is a variable and every subset a constant, up to what the lane's own bits contribute.
+Every pair of a lane's states is a variable and every subset a constant, up to what the lane's own bits contribute. A
+pair are two states that differ in one place, their costs two half precision numbers: the path that these choose has
+0.02% more squared error than that of float32, or as much less.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from .codes import CodeLayout
 
 LANES = 8  # of a token
 STATE_BITS = 5  # places of the register whose bits count the states of a lane; the others count lanes
+PAIR_PLACE = 4  # the place in which the two states of a pair differ: the low half of a word has the one without its bit
 
 
 def _column(layout: CodeLayout, age: int) -> int:
@@ -40,38 +43,42 @@ def _lane_parts(layout: CodeLayout) -> str:
 def _step(layout: CodeLayout, phase: int, decides: bool) -> str:
     subsets, newest, dropped = 2 ** len(layout.generators), _column(layout, 0), _column(layout, 8)
     text = f"{{ const int at = {phase * subsets} + (int)(parts >> {4 * phase} & {subsets - 1}u);\n"
-    text += "".join(f"const float d{s} = distance[at ^ {s}];\n" for s in range(subsets))
-    states = range(1 << STATE_BITS)
-    if phase < STATE_BITS:
-        for zero in (state for state in states if not state >> phase & 1):
+    text += "".join(f"const kvq_uint d{s} = distance[at ^ {s}];\n" for s in range(subsets))
+    pairs = range(1 << PAIR_PLACE)
+    if phase < PAIR_PLACE:
+        for zero in (pair for pair in pairs if not pair >> phase & 1):
             one, part = zero | 1 << phase, _part(layout, zero, phase)
-            for state, to in ((zero, part), (one, part ^ newest)):
-                text += f"const float a{state} = c[{zero}] + d{to}, b{state} = c[{one}] + d{to ^ dropped};\n"
+            for pair, to in ((zero, part), (one, part ^ newest)):
+                text += f"const kvq_uint a{pair} = kvq_hadd2(c[{zero}], d{to}), "
+                text += f"b{pair} = kvq_hadd2(c[{one}], d{to ^ dropped});\n"
+    elif phase == PAIR_PLACE:  # both states that a pair comes from are in it
+        for pair in pairs:
+            part = _part(layout, pair, phase)
+            text += f"const kvq_uint a{pair} = kvq_hadd2(kvq_low_halves(c[{pair}], c[{pair}]), d{part}), "
+            text += f"b{pair} = kvq_hadd2(kvq_high_halves(c[{pair}], c[{pair}]), d{part ^ dropped});\n"
     else:
         lane_bit = 1 << (phase - STATE_BITS)
-        for state in states:
-            part = _part(layout, state, phase)
-            text += f"const float a{state} = c[{state}] + d{part};\n"
-            text += f"const float b{state} = kvq_shuffle_xor(c[{state}], {lane_bit}) + d{part ^ dropped};\n"
+        for pair in pairs:
+            part = _part(layout, pair, phase)
+            text += f"const kvq_uint a{pair} = kvq_hadd2(c[{pair}], d{part}), "
+            text += f"b{pair} = kvq_hadd2(kvq_shuffle_xor_uint(c[{pair}], {lane_bit}), d{part ^ dropped});\n"
     if decides:
-        # The sign of a difference says which is less: two words take one after the other, from the highest state on.
-        text += "kvq_uint word = 0u, upper = 0u;\n"
-        for state in reversed(range(len(states) // 2)):
-            for name, own in (("word", state), ("upper", state + len(states) // 2)):
-                text += f"{name} = kvq_funnel({name}, kvq_word_of(b{own} - a{own}), 1);\n"
-        text += "word |= upper << 16;\n"
+        # The sign of a difference says which is less: both half words take one after the other.
+        text += "kvq_uint word = 0u;\n"
+        for pair in pairs:
+            text += f"word = kvq_select(0x80008000u, kvq_hsub2(b{pair}, a{pair}), word >> 1);\n"
         if phase >= STATE_BITS:
             text += f"if ((sub & {lane_bit}) != 0) word = ~word;\n"
         text += f"oldest[{phase}] = word;\n"
-    return text + "".join(f"c[{state}] = kvq_least(a{state}, b{state});\n" for state in states) + "}\n"
+    return text + "".join(f"c[{pair}] = kvq_hmin2(a{pair}, b{pair});\n" for pair in pairs) + "}\n"
 
 
 def viterbi_text(side: str, layout: CodeLayout) -> str:
     """Functions of a side.
 
     * `<side>_parts(sub)`: of lane `sub` of a token's, for `<side>_steps`
-    * `<side>_steps(distance, parts, sub, c, oldest)`: costs `c` of a lane's 32 states after eight channels, from those
-      before, and for each channel a word of what each state dropped
+    * `<side>_steps(distance, parts, sub, c, oldest)`: costs `c` of a lane's 16 pairs of states after eight channels,
+      from those before, and for each channel a word of what each state dropped
     * `<side>_first_steps(distance, parts, sub, c)`: the costs alone
     * `<side>_column(age)`: coded bits that the trellis bit `age` channels before contributes
     """
@@ -79,11 +86,11 @@ def viterbi_text(side: str, layout: CodeLayout) -> str:
     return (
         f"KVQ_FUNC kvq_uint {side}_parts(int sub) {{ return {_lane_parts(layout)}; }}\n"
         f"KVQ_FUNC int {side}_column(int age) {{ return {columns}{_column(layout, 8)}; }}\n"
-        f"KVQ_FUNC void {side}_steps(KVQ_GROUP_MEMORY const float* distance, kvq_uint parts, int sub, "
-        "KVQ_PRIVATE float* c, KVQ_PRIVATE kvq_uint* oldest) {\n"
+        f"KVQ_FUNC void {side}_steps(KVQ_GROUP_MEMORY const kvq_uint* distance, kvq_uint parts, int sub, "
+        "KVQ_PRIVATE kvq_uint* c, KVQ_PRIVATE kvq_uint* oldest) {\n"
         + "".join(_step(layout, phase, True) for phase in range(8))
-        + f"}}\nKVQ_FUNC void {side}_first_steps(KVQ_GROUP_MEMORY const float* distance, kvq_uint parts, int sub, "
-        "KVQ_PRIVATE float* c) {\n" + "".join(_step(layout, phase, False) for phase in range(8)) + "}\n"
+        + f"}}\nKVQ_FUNC void {side}_first_steps(KVQ_GROUP_MEMORY const kvq_uint* distance, kvq_uint parts, int sub, "
+        "KVQ_PRIVATE kvq_uint* c) {\n" + "".join(_step(layout, phase, False) for phase in range(8)) + "}\n"
     )
 
 
@@ -92,8 +99,8 @@ def no_viterbi_text(side: str) -> str:
     return (
         f"KVQ_FUNC kvq_uint {side}_parts(int sub) {{ return 0u; }}\n"
         f"KVQ_FUNC int {side}_column(int age) {{ return 0; }}\n"
-        f"KVQ_FUNC void {side}_steps(KVQ_GROUP_MEMORY const float* distance, kvq_uint parts, int sub, "
-        "KVQ_PRIVATE float* c, KVQ_PRIVATE kvq_uint* oldest) {}\n"
-        f"KVQ_FUNC void {side}_first_steps(KVQ_GROUP_MEMORY const float* distance, kvq_uint parts, int sub, "
-        "KVQ_PRIVATE float* c) {}\n"
+        f"KVQ_FUNC void {side}_steps(KVQ_GROUP_MEMORY const kvq_uint* distance, kvq_uint parts, int sub, "
+        "KVQ_PRIVATE kvq_uint* c, KVQ_PRIVATE kvq_uint* oldest) {}\n"
+        f"KVQ_FUNC void {side}_first_steps(KVQ_GROUP_MEMORY const kvq_uint* distance, kvq_uint parts, int sub, "
+        "KVQ_PRIVATE kvq_uint* c) {}\n"
     )
