@@ -99,7 +99,7 @@ def test_tokens_are_decoded_as_plain_operations_decode_them(kind: Kind, on: str)
 
 
 @pytest.mark.parametrize("on", PRELUDES)
-@pytest.mark.parametrize("kind", KINDS[:4], ids=str)
+@pytest.mark.parametrize("kind", [*KINDS[:4], TRELLIS_KINDS[0]], ids=str)
 def test_tokens_on_every_prelude(kind: Kind, on: str) -> None:
     check(kind, Shape(1, 2, 140, 13, 3, 5, 6, 70, 1.0, 0), on)
     check(kind, Shape(1, 1, 3, 1, 0, 0, 0, 70, 1.0, 0), on)
