@@ -38,7 +38,7 @@ def measured(
     model: Any, scheme: str, ids: list[int], prefill: int, firsts: list[int]
 ) -> dict[int, tuple[float, float]]:
     """KL mean and top-1 agreement by the length of the first chunk."""
-    exact = steps(model, make_prompt_cache(model), ids, prefill, CHUNK)
+    exact = steps(model, make_prompt_cache(model), ids, prefill, min(CHUNK, prefill))
     found = {}
     with kvq.compress(model, scheme):
         for first in firsts:

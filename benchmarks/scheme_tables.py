@@ -32,11 +32,11 @@ def _worst(rows: list[dict[str, Any]], figure: str) -> float:
 
 
 def _fewest_bits(rows: Rows) -> str:
-    """Of equal bits the least KL to four digits, and of equal ones what has a measured speed."""
+    """Of equal bits the least KL to two digits, and of equal ones what has a measured speed."""
 
     def order(name: str) -> tuple[float, float, bool, str]:
         unmeasured = not _stored("decode", "decode_ratio", name, model="smollm2", tokens=1000)
-        return _worst(rows[name], "bits"), round(_worst(rows[name], "kl_mean"), 4), unmeasured, name
+        return _worst(rows[name], "bits"), float(f"{_worst(rows[name], 'kl_mean'):.2g}"), unmeasured, name
 
     return min(rows, key=order)
 
