@@ -20,6 +20,7 @@ from .allocation import (
 )
 from .codecs import LEAST_SQUARES, NORM, UNBIASED, Codec, get_codec
 from .errors import CodecError, PluginError, SchemeError
+from .rates import auto_codecs
 from .rotation import HADAMARD, ROTATIONS
 
 COMPRESS_AFTER = ("chunk", "prefill")
@@ -56,7 +57,8 @@ class KVQConfig:
         sensitivity: what average bits are allocated by, one of `allocation.SENSITIVITIES`.
         scaling: of `tq` and `rvq` codecs. `matched`: scales keep the norms of keys and leave values unbiased;
             `least_squares`: they make the squared error least, which shrinks both.
-        family: of codecs that `auto` chooses from; any with several whole rates.
+        family: of codecs that `auto` chooses from; any with several whole rates. Above them come those of the family
+            that goes on above it (`Codec.continued_by`), and 16 bits.
         per: what gets bits of its own from `auto`, the keys or values of a `layer` or of every `head`, whose codecs
             have no GPU kernels.
     """
@@ -140,7 +142,7 @@ class KVQConfig:
             rates = whole_bits(self.family)
             if len(rates) < 2:
                 raise SchemeError(f"a family to choose from must have two or more whole rates, got {self.family!r}")
-            names = [f"{self.family}{bits}" for bits in rates]
+            names = list(auto_codecs(self.family, self.per).values())
         return [get_codec(name, seed, self.rotation) for name in names]
 
     @property

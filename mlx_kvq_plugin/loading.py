@@ -24,7 +24,7 @@ from .schemes import format_scheme, parse_scheme
 from .sliding import SlidingKVQCache, smallest_window
 
 if TYPE_CHECKING:
-    from .auto import AutoChoice
+    from .auto_choice import AutoChoice
 
 log = logging.getLogger("mlx_kvq_plugin")
 
@@ -123,6 +123,8 @@ def _plan_layer(
     if edge:
         return stays(f"edge layer (edges={config.edges})")
     spec = config.layer_spec(*(_allocated(config, allocation, side, index) for side in (KEY, VALUE)))
+    if allocation is not None and config.target is not None and spec.key_codec.exact and spec.value_codec.exact:
+        return stays("16 bits by need")
     for codec, dim in ((spec.key_codec, layer.key_dim), (spec.value_codec, layer.value_dim)):
         codec.planes(dim, "float16")  # raises CodecError for a head size it cannot do
     if layer.kind == SLIDING:

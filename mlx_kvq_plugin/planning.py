@@ -8,7 +8,8 @@ from typing import Any
 
 from .adapters import GENERIC, REFUSED, Adapter, load_adapter, model_type_of
 from .allocation import KEY, SIDES, Allocation, Component, allocate, plain_curve
-from .auto import AutoChoice, even_choice
+from .auto import even_choice
+from .auto_choice import AutoChoice
 from .codecs import Codec
 from .codecs.per_head import PerHead
 from .config import KVQConfig

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import tiny_models
 
 import mlx_kvq_plugin as kvq
 from mlx_kvq_plugin import auto, kept, self_calibration
-from mlx_kvq_plugin.bound import ROUNDS, meet
+from mlx_kvq_plugin.bound import ROUNDS, Checked, meet
 from mlx_kvq_plugin.calibration_files import load_calibration, save_calibration
 from mlx_kvq_plugin.errors import AllocationError
 
@@ -277,6 +277,19 @@ def test_a_bound_is_met_where_fewer_bits_are_sometimes_better(bound: float, nois
 def test_a_bound_out_of_reach_says_what_the_most_bits_cost() -> None:
     with pytest.raises(AllocationError, match=r"must be at least 0\.0004 nats a token, .* got 0\.0001"):
         meet(0.0001, (GRID[0], GRID[-1]), chosen, lambda limit: 2 * chosen(limit))
+
+
+def test_a_bound_that_only_exact_caches_meet_takes_them() -> None:
+    def exact(limit: float) -> float:
+        return 0.0 if limit < GRID[0] else chosen(limit)
+
+    def measured(limit: float) -> float:
+        return 3 * exact(limit)
+
+    checked = meet(0.0001, (0.0, GRID[-1]), exact, measured)
+    assert checked.kl == 0.0 and Checked.from_json(asdict(checked)) == checked
+    with pytest.raises(AllocationError, match=r"must be at least 0\.01 nats"):
+        meet(0.0001, (0.0, GRID[-1]), exact, lambda limit: 0.01 + measured(limit))
 
 
 def test_a_bound_that_the_fewest_bits_meet_takes_them() -> None:
