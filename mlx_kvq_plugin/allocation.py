@@ -15,7 +15,7 @@ import heapq
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .codecs import GROUP, list_codecs
 from .errors import AllocationError, SchemeError
@@ -384,12 +384,14 @@ class Allocation:
         bits: by side and layer, one number a KV head.
         optimum: the same before they are made whole (`optimal_bits`).
         gain: total distortion of equal bits over that of `optimum`, by the fitted curves.
+        recent: newest dense tokens by layer, where they are chosen; as the scheme has them for others.
     """
 
     codecs: Codecs
     bits: Bits
     optimum: RealBits
     gain: float
+    recent: Mapping[int, int] = field(default_factory=dict)
 
     def codec(self, side: str, layer: int) -> str:
         """The codec name of a layer's side, with one name a KV head where they differ; "" for a side left out."""
@@ -431,12 +433,13 @@ def allocate(
 Part = tuple[Sequence[Component], Sequence[int], float, Mapping[str, DistortionCurve]]
 
 
-def allocation_of(codecs: Codecs, parts: Sequence[Part]) -> Allocation:
+def allocation_of(codecs: Codecs, parts: Sequence[Part], recent: Mapping[int, int] | None = None) -> Allocation:
     """An `Allocation` of whole bits.
 
     Args:
         codecs: names by side and bits.
         parts: components that share an average, their whole bits, the average, and curves by side.
+        recent: newest dense tokens by layer, where they are chosen.
     """
     bits: dict[str, dict[int, tuple[int, ...]]] = {side: {} for side in codecs}
     optimum: dict[str, dict[int, tuple[float, ...]]] = {side: {} for side in codecs}
@@ -449,4 +452,4 @@ def allocation_of(codecs: Codecs, parts: Sequence[Part]) -> Allocation:
             side, layer = component.side, component.layer
             bits[side][layer] = (*bits[side].get(layer, ()), b)
             optimum[side][layer] = (*optimum[side].get(layer, ()), r)
-    return Allocation(codecs, bits, optimum, equal / best)
+    return Allocation(codecs, bits, optimum, equal / best, recent or {})

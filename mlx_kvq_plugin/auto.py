@@ -9,7 +9,7 @@ bound is one on what is then measured (bound.py).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -34,6 +34,7 @@ from .auto_choice import AutoChoice, LayerChoice
 from .bound import CLOSE, PREFILL, ROUNDS, STEP, Checked, mean_divergence, meet, steps_logprobs
 from .codecs import get_codec
 from .config import KVQConfig
+from .dense_tokens import budget_of
 from .errors import AllocationError
 from .kept import Kept, keep_json
 from .progress import Progress, silent
@@ -45,8 +46,35 @@ if TYPE_CHECKING:
     from .calibration import Calibration
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Bits that meet a scheme's target.
+
+    Attributes:
+        components: KV heads; with the elements of all tokens that they pack, where the scheme has a context.
+        bits: whole bits of each.
+        average: of them, without scales.
+        recent: newest dense tokens by layer, where they are chosen.
+    """
+
+    components: list[Component]
+    bits: list[int]
+    average: float
+    recent: Mapping[int, int]
+
+    def allocation(self, config: KVQConfig, curves: Mapping[str, DistortionCurve]) -> Allocation:
+        """Codecs by name."""
+        codecs = dict.fromkeys(SIDES, auto_codecs(config.family, config.per))
+        return allocation_of(codecs, [(self.components, self.bits, self.average, curves)], self.recent)
+
+
 def choose(
-    calibration: Calibration, config: KVQConfig, layers: Sequence[int], basis: str, limit: float | None = None
+    calibration: Calibration,
+    config: KVQConfig,
+    layers: Sequence[int],
+    windows: Mapping[int, int],
+    basis: str,
+    limit: float | None = None,
 ) -> tuple[Allocation, AutoChoice]:
     """Codecs for the compressed layers of a model.
 
@@ -54,6 +82,7 @@ def choose(
         calibration: of the model.
         config: with a `target`.
         layers: cache entries that the scheme compresses, at least one.
+        windows: of the sliding ones among them.
         basis: what the choice says it went by.
         limit: of the predicted KL divergence, in place of the target's.
 
@@ -62,50 +91,56 @@ def choose(
         CalibrationError: for layers that were not calibrated.
     """
     curves, heads = auto_curves(config, calibration.curves), calibration.components(GRADIENT, layers)
-    bits, average = chosen_bits(config, heads, curves, limit)
-    allocation = _allocation(config, heads, bits, average, curves)
-    rate = rate_of(config, heads)
-    level = min(average, *(curve.lossy for curve in curves.values()))  # above it all needs fall alike
+    chosen = chosen_bits(config, heads, windows, curves, limit)
+    allocation, rate = chosen.allocation(config, curves), rate_of(config, heads)
+    level = min(chosen.average, *(curve.lossy for curve in curves.values()))  # above it all needs fall alike
     need = _kl(heads, [level] * len(heads), curves) / (2 * len(layers))
 
     def part(side: str, layer: int | None = None) -> tuple[list[Component], list[int]]:
         """The components, and their bits, of a side, in one layer or in all."""
-        found = [i for i, c in enumerate(heads) if c.side == side and layer in (None, c.layer)]
-        return [heads[i] for i in found], [bits[i] for i in found]
+        found = [i for i, c in enumerate(chosen.components) if c.side == side and layer in (None, c.layer)]
+        return [chosen.components[i] for i in found], [chosen.bits[i] for i in found]
 
     def costs(side: str, layer: int) -> tuple[float, float]:
         own, given = part(side, layer)
         return _kl(own, given, curves), _kl(own, [level] * len(own), curves) / need
 
-    chosen = []
+    found = []
     for layer in layers:
         (key_kl, key_need), (value_kl, value_need) = costs(KEY, layer), costs(VALUE, layer)
         codecs = allocation.codec(KEY, layer), allocation.codec(VALUE, layer)
-        chosen.append(LayerChoice(layer, *codecs, key_kl, value_kl, key_need, value_need))
+        recent = chosen.recent.get(layer, config.recent)
+        found.append(LayerChoice(layer, *codecs, recent, key_kl, value_kl, key_need, value_need))
     choice = AutoChoice(
         scheme=format_scheme(config),
         basis=basis,
-        bits=mean_rate(heads, bits, rate),
+        bits=mean_rate(chosen.components, chosen.bits, rate),
         key_bits=mean_rate(*part(KEY), rate),
         value_bits=mean_rate(*part(VALUE), rate),
-        kl=_kl(heads, bits, curves),
-        even_kl=_kl(heads, [average] * len(heads), curves),
-        layers=tuple(chosen),
+        kl=_kl(heads, chosen.bits, curves),
+        even_kl=_kl(heads, [chosen.average] * len(heads), curves),
+        layers=tuple(found),
         sinks=config.sinks,
         recent=config.recent,
         edges=config.edges,
+        context=config.context,
     )
     return allocation, choice
 
 
 def chosen_bits(
-    config: KVQConfig, heads: Sequence[Component], curves: Mapping[str, DistortionCurve], limit: float | None = None
-) -> tuple[list[int], float]:
-    """Whole bits of every KV head that meet the scheme's target, and their average without scales.
+    config: KVQConfig,
+    heads: Sequence[Component],
+    windows: Mapping[int, int],
+    curves: Mapping[str, DistortionCurve],
+    limit: float | None = None,
+) -> Chosen:
+    """What meets the scheme's target.
 
     Args:
         config: with a `target`.
         heads, curves: of the model.
+        windows: of the sliding layers among those of the heads.
         limit: of the predicted KL divergence, in place of the target's.
 
     Raises:
@@ -115,15 +150,16 @@ def chosen_bits(
     codecs = auto_codecs(config.family, config.per)
     choices = list(codecs)
     assert target is not None
-    components = _by_layer(heads) if config.per == PER_LAYER else list(heads)
+    budget = budget_of(config, heads, windows, lambda counted: mean_rate(counted, [choices[0]] * len(counted), rate))
+    components = _by_layer(budget.components) if config.per == PER_LAYER else budget.components
     if target.bits is not None:
         low, high = (mean_rate(components, [end] * len(components), rate) for end in (choices[0], choices[-1]))
-        if not low - 1e-9 <= target.bits <= high + 1e-9:
+        if not low - 1e-9 <= budget.bits <= high + 1e-9:
             raise AllocationError(
                 f"automatic bits of {config.family} must be in {low:g} to {high:g} on this model, all-in, got "
                 f"{target.bits:g}; choose another average or family"
             )
-        whole = allocate_bits(components, target.bits, choices, curves, rate)
+        whole = allocate_bits(components, budget.bits, choices, curves, rate)
     else:
         assert target.kl is not None
         most = target.kl if limit is None else limit
@@ -136,10 +172,10 @@ def chosen_bits(
         whole = least_bits(components, 2 * most, choices, curves, rate)
     given = {(c.layer, c.side, c.head): b for c, b in zip(components, whole, strict=True)}
     bits = [given[c.layer, c.side, 0 if config.per == PER_LAYER else c.head] for c in heads]
-    return bits, mean_rate(heads, bits)
+    return Chosen(budget.components, bits, mean_rate(budget.components, bits), budget.recent)
 
 
-def even_choice(config: KVQConfig, heads: Sequence[Component]) -> Allocation:
+def even_choice(config: KVQConfig, heads: Sequence[Component], windows: Mapping[int, int]) -> Allocation:
     """The allocation of a bits target where nothing is known of the model: equal needs; raises `AllocationError`."""
     target = config.target
     assert target is not None
@@ -149,18 +185,7 @@ def even_choice(config: KVQConfig, heads: Sequence[Component]) -> Allocation:
             f"{format_scheme(config)} without; use kvq inspect, or plan with auto@BITS"
         )
     curves = dict.fromkeys(SIDES, plain_curve(list(auto_codecs(config.family, config.per)), EXACT_BITS))
-    bits, average = chosen_bits(config, heads, curves)
-    return _allocation(config, heads, bits, average, curves)
-
-
-def _allocation(
-    config: KVQConfig,
-    heads: Sequence[Component],
-    bits: Sequence[int],
-    average: float,
-    curves: Mapping[str, DistortionCurve],
-) -> Allocation:
-    return allocation_of(dict.fromkeys(SIDES, auto_codecs(config.family, config.per)), [(heads, bits, average, curves)])
+    return chosen_bits(config, heads, windows, curves).allocation(config, curves)
 
 
 def _kl(components: Sequence[Component], bits: Sequence[float], curves: Mapping[str, DistortionCurve]) -> float:
@@ -172,6 +197,7 @@ def choose_for(
     model: Any,
     config: KVQConfig,
     layers: Sequence[int],
+    windows: Mapping[int, int],
     source: str,
     unknown_arch: str = "error",
     progress: Progress = silent,
@@ -196,10 +222,10 @@ def choose_for(
     assert config.target is not None
     limit = measured = None
     if config.target.kl is not None:
-        checked = _checked(model, config, layers, source, unknown_arch, calibration, progress)
+        checked = _checked(model, config, layers, windows, source, unknown_arch, calibration, progress)
         limit, measured = checked.content.limit, checked.content.kl
         kept.append(checked.path)
-    allocation, choice = choose(calibration, config, layers, basis, limit)
+    allocation, choice = choose(calibration, config, layers, windows, basis, limit)
     return allocation, replace(choice, measured_kl=measured, kept=tuple(name for name in kept if name))
 
 
@@ -207,6 +233,7 @@ def _checked(
     model: Any,
     config: KVQConfig,
     layers: Sequence[int],
+    windows: Mapping[int, int],
     source: str,
     unknown_arch: str,
     calibration: Calibration,
@@ -238,14 +265,14 @@ def _checked(
 
             def measure(limit: float) -> float:
                 progress("measuring a choice", 0, 1)
-                allocation, _ = choose(calibration, config, layers, "", limit)
+                allocation, _ = choose(calibration, config, layers, windows, "", limit)
                 caches = CacheMaker(model, config, routed.maker.adapter, source, allocation)()
                 return mean_divergence(expected, steps_logprobs(model, caches, tokens))
 
             most, *_, least = (_kl(heads, [bits] * len(heads), curves) for bits in codecs)
 
             def predicted(limit: float) -> float:
-                return choose(calibration, config, layers, "", limit)[1].kl
+                return choose(calibration, config, layers, windows, "", limit)[1].kl
 
             return meet(bound, (least, most), predicted, measure)
 
@@ -256,6 +283,7 @@ def _checked(
         "model": model_fingerprint(model),
         "first": first,
         "layers": list(layers),
+        "windows": sorted(windows.items()),
         "weights": [c.weight for c in heads],
         "curves": {side: curve.mse for side, curve in curves.items()},
         "codecs": [get_codec(name).to_json() for name in codecs.values()],

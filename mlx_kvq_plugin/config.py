@@ -28,6 +28,7 @@ MATCHED = "matched"
 CONFIG_SCALINGS = (MATCHED, LEAST_SQUARES)
 SIDE_SCALING = {KEY: NORM, VALUE: UNBIASED}  # of `matched`: what each side's scales make right (scalar.quantize)
 FP16 = "fp16"
+LEAST_CONTEXT = 256  # that dense tokens are chosen for
 
 
 def _check_int(name: str, value: object, low: int) -> None:
@@ -61,6 +62,9 @@ class KVQConfig:
             that goes on above it (`Codec.continued_by`), and 16 bits.
         per: what gets bits of its own from `auto`, the keys or values of a `layer` or of every `head`, whose codecs
             have no GPU kernels.
+        context: the length in tokens that `auto` counts bytes at, at least `LEAST_CONTEXT`: sliding layers then weigh
+            as many tokens as they hold of it, and with bits the newest dense tokens of every layer are chosen too
+            (dense_tokens.py); 0 counts bits of packed tokens, whatever the length.
     """
 
     key: str = "tq4"
@@ -77,6 +81,7 @@ class KVQConfig:
     scaling: str = MATCHED
     family: str = AUTO_FAMILY
     per: str = PER_LAYER
+    context: int = 0
 
     def __post_init__(self) -> None:
         if self.rotation not in ROTATIONS:
@@ -109,6 +114,8 @@ class KVQConfig:
         _check_int("sinks", self.sinks, 0)
         _check_int("recent", self.recent, 0)
         _check_int("seed", self.seed, 0)
+        _check_int("context", self.context, 0)
+        self._check_context()
         if self.compress_after not in COMPRESS_AFTER:
             raise SchemeError(f"compress_after must be one of {COMPRESS_AFTER}, got {self.compress_after!r}")
 
@@ -130,6 +137,24 @@ class KVQConfig:
             raise SchemeError(
                 f"family and per must go with auto, got family={self.family} and per={self.per} with k={self.key},"
                 f'v={self.value}; write for example "auto@3.25,family=tq"'
+            )
+
+    def _check_context(self) -> None:
+        if not self.context:
+            return
+        if self.target is None:
+            raise SchemeError(
+                f"context must go with auto, got context={self.context} with k={self.key},v={self.value}; write for "
+                'example "auto@3.25,context=8192"'
+            )
+        if self.context < LEAST_CONTEXT:
+            raise SchemeError(
+                f"context must be at least {LEAST_CONTEXT} tokens, got {self.context}; name a longer one or drop it"
+            )
+        if (self.sinks, self.recent) != (KVQConfig.sinks, KVQConfig.recent):
+            raise SchemeError(
+                f"dense tokens must be left to auto where it has a context, got sinks={self.sinks} and recent="
+                f"{self.recent} with context={self.context}; drop either these or the context"
             )
 
     def _codecs(self, name: str) -> list[Codec]:
