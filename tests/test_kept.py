@@ -338,5 +338,21 @@ def test_a_bound_by_a_calibration_is_measured_too(filled: Any, folder: Path, tmp
     assert [Path(path).name.split("-")[0] for path in choice.kept] == ["bound"]
 
 
+@pytest.mark.parametrize("bound", ["0.00002", "0.000000001"])
+def test_bounds_that_codes_do_not_meet_take_sixteen_bits(bound: str) -> None:
+    with pytest.raises(AllocationError, match="must be at least"):
+        choice_of(f"auto:kl<={bound},per=head")
+    choice = choice_of(f"auto:kl<={bound}")
+    assert 6.25 < choice.bits <= 16.0 and choice.measured_kl <= float(bound)
+    assert choice_of(f"auto:kl<={bound}") == choice
+
+
+def test_a_context_measures_a_bound_anew(filled: Any, drawn: list[str]) -> None:
+    choice = choice_of(f"{KL},context=4096")
+    assert drawn == ["meet"] and choice.context == 4096 and choice.measured_kl <= 0.02
+    assert {layer.recent for layer in choice.layers} == {16}
+    assert choice_of("auto@3.25,context=4096").context == 4096 and drawn == ["meet"]
+
+
 def test_a_prompt_that_is_packed_late_is_measured_packed(filled: Any) -> None:
     assert choice_of("auto:kl<=0.02,compress_after=prefill").measured_kl > 0.005
