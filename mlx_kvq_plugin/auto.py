@@ -51,7 +51,8 @@ class Chosen:
     """Bits that meet a scheme's target.
 
     Attributes:
-        components: KV heads; with the elements of all tokens that they pack, where the scheme has a context.
+        components: KV heads; where the scheme has a context, with the elements of all tokens that they pack and with
+            weights that grow alike.
         bits: whole bits of each.
         average: of them, without scales.
         recent: newest dense tokens by layer, where they are chosen.
@@ -96,14 +97,14 @@ def choose(
     level = min(chosen.average, *(curve.lossy for curve in curves.values()))  # above it all needs fall alike
     need = _kl(heads, [level] * len(heads), curves) / (2 * len(layers))
 
-    def part(side: str, layer: int | None = None) -> tuple[list[Component], list[int]]:
-        """The components, and their bits, of a side, in one layer or in all."""
-        found = [i for i, c in enumerate(chosen.components) if c.side == side and layer in (None, c.layer)]
-        return [chosen.components[i] for i in found], [chosen.bits[i] for i in found]
+    def bits_of(side: str) -> float:
+        own = [i for i, c in enumerate(heads) if c.side == side]
+        return mean_rate([chosen.components[i] for i in own], [chosen.bits[i] for i in own], rate)
 
     def costs(side: str, layer: int) -> tuple[float, float]:
-        own, given = part(side, layer)
-        return _kl(own, given, curves), _kl(own, [level] * len(own), curves) / need
+        own = [i for i, c in enumerate(heads) if (c.side, c.layer) == (side, layer)]
+        parts = [heads[i] for i in own]
+        return _kl(parts, [chosen.bits[i] for i in own], curves), _kl(parts, [level] * len(parts), curves) / need
 
     found = []
     for layer in layers:
@@ -115,8 +116,8 @@ def choose(
         scheme=format_scheme(config),
         basis=basis,
         bits=mean_rate(chosen.components, chosen.bits, rate),
-        key_bits=mean_rate(*part(KEY), rate),
-        value_bits=mean_rate(*part(VALUE), rate),
+        key_bits=bits_of(KEY),
+        value_bits=bits_of(VALUE),
         kl=_kl(heads, chosen.bits, curves),
         even_kl=_kl(heads, [chosen.average] * len(heads), curves),
         layers=tuple(found),
@@ -222,7 +223,7 @@ def choose_for(
     assert config.target is not None
     limit = measured = None
     if config.target.kl is not None:
-        checked = _checked(model, config, layers, windows, source, unknown_arch, calibration, progress)
+        checked = _checked(model, config, layers, source, unknown_arch, calibration, progress)
         limit, measured = checked.content.limit, checked.content.kl
         kept.append(checked.path)
     allocation, choice = choose(calibration, config, layers, windows, basis, limit)
@@ -233,7 +234,6 @@ def _checked(
     model: Any,
     config: KVQConfig,
     layers: Sequence[int],
-    windows: Mapping[int, int],
     source: str,
     unknown_arch: str,
     calibration: Calibration,
@@ -265,14 +265,14 @@ def _checked(
 
             def measure(limit: float) -> float:
                 progress("measuring a choice", 0, 1)
-                allocation, _ = choose(calibration, config, layers, windows, "", limit)
+                allocation, _ = choose(calibration, config, layers, {}, "", limit)
                 caches = CacheMaker(model, config, routed.maker.adapter, source, allocation)()
                 return mean_divergence(expected, steps_logprobs(model, caches, tokens))
 
             most, *_, least = (_kl(heads, [bits] * len(heads), curves) for bits in codecs)
 
             def predicted(limit: float) -> float:
-                return choose(calibration, config, layers, windows, "", limit)[1].kl
+                return choose(calibration, config, layers, {}, "", limit)[1].kl
 
             return meet(bound, (least, most), predicted, measure)
 
@@ -283,7 +283,6 @@ def _checked(
         "model": model_fingerprint(model),
         "first": first,
         "layers": list(layers),
-        "windows": sorted(windows.items()),
         "weights": [c.weight for c in heads],
         "curves": {side: curve.mse for side, curve in curves.items()},
         "codecs": [get_codec(name).to_json() for name in codecs.values()],

@@ -46,7 +46,7 @@ class AutoChoice:
         kl: the predicted KL divergence, nats a token, to second order, of contexts as long as those measured on.
         even_kl: that of the same bits for all layers and both sides; between whole bits by exponential interpolation.
         layers: of the compressed layers.
-        sinks, recent, edges: as the scheme has them; with bits and a context layers have their own `recent`.
+        sinks, recent, edges: as the scheme has them; with a context layers have their own `recent`.
         context: tokens that bytes are counted at, 0 for bits of packed tokens alone. With a context `bits` are those of
             what layers pack of it.
         measured_kl: of a scheme with a bound, on the model's own texts; `None` for one with bits.

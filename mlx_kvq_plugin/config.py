@@ -62,9 +62,9 @@ class KVQConfig:
             that goes on above it (`Codec.continued_by`), and 16 bits.
         per: what gets bits of its own from `auto`, the keys or values of a `layer` or of every `head`, whose codecs
             have no GPU kernels.
-        context: the length in tokens that `auto` counts bytes at, at least `LEAST_CONTEXT`: sliding layers then weigh
-            as many tokens as they hold of it, and with bits the newest dense tokens of every layer are chosen too
-            (dense_tokens.py); 0 counts bits of packed tokens, whatever the length.
+        context: the length in tokens that the bits of `auto` are counted at, at least `LEAST_CONTEXT`: over all tokens
+            that layers hold there, and the newest dense tokens of every layer are chosen too (dense_tokens.py). With 0
+            they are those of packed tokens, whatever the length.
     """
 
     key: str = "tq4"
@@ -142,10 +142,10 @@ class KVQConfig:
     def _check_context(self) -> None:
         if not self.context:
             return
-        if self.target is None:
+        if self.target is None or self.target.bits is None:
             raise SchemeError(
-                f"context must go with auto, got context={self.context} with k={self.key},v={self.value}; write for "
-                'example "auto@3.25,context=8192"'
+                f"context must go with bits of auto, got context={self.context} with k={self.key},v={self.value}; "
+                'write for example "auto@3.25,context=8192"'
             )
         if self.context < LEAST_CONTEXT:
             raise SchemeError(

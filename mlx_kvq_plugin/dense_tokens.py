@@ -11,6 +11,9 @@ which is about in proportion to `(recent + 8)^-0.3`, and by the first ones (sink
 packed ones, and a bit is worth a factor of about 4. So `recent` makes `ln 4 (16 - b) recent / T - 0.3 ln(recent + 8)`
 least for T tokens. All of it from `python benchmarks/quality.py --texts documentation code licence --schemes tcq3
 tcq3,recent=0 tcq3,recent=32 tcq3,recent=64 tcq3,recent=128 tcq3,sinks=0 tcq3,sinks=16 --prefill 1800`.
+
+Bits go to layers as if no length were named: what a layer's errors cost is taken to grow with the tokens that it packs,
+as its bytes do. Windows are cheap at long contexts, but matter less there too: `benchmarks/context.py --kinds`.
 """
 
 from __future__ import annotations
@@ -67,7 +70,8 @@ class Budget:
     """What bits may be spent on.
 
     Attributes:
-        components: KV heads; with the elements of all tokens that they pack, where the scheme has a context.
+        components: KV heads; where the scheme has a context, with the elements of all tokens that they pack and with
+            weights that grow alike.
         bits: an element of them, all-in; 0 for a scheme with a bound.
         recent: newest dense tokens by layer, where they are chosen.
     """
@@ -85,8 +89,8 @@ def budget_of(
 ) -> Budget:
     """The budget of an `auto` scheme.
 
-    With bits and a context it takes, at the context, the bytes of these bits for all layers and the scheme's own dense
-    tokens. Newest dense tokens are chosen only as far as they leave enough for the fewest bits.
+    With a context it takes, at the context, the bytes of these bits for all layers and the scheme's own dense tokens.
+    Newest dense tokens are chosen only as far as they leave enough for the fewest bits.
 
     Args:
         config: with a `target`.
@@ -98,9 +102,7 @@ def budget_of(
     bits, layers = config.target.bits or 0.0, list(dict.fromkeys(c.layer for c in heads))
     if not config.context:
         return Budget(list(heads), bits, {})
-    even = {layer: _held(config, windows.get(layer), config.recent) for layer in layers}
-    if config.target.bits is None:
-        return Budget(_packed(heads, even), bits, {})
+    even = {layer: _held(config, windows.get(layer)) for layer in layers}
     asked = sum(c.elements * bits * even[c.layer].packed for c in heads)
     block = _block(config)
     for most in reversed(NEWEST):
@@ -117,11 +119,11 @@ def budget_of(
     return Budget(components, left, {layer: own.recent for layer, own in held.items()})
 
 
-def _held(config: KVQConfig, window: int | None, recent: int) -> Held:
-    """Of a layer at the scheme's context; first tokens slide out of a window."""
+def _held(config: KVQConfig, window: int | None) -> Held:
+    """Of a layer at the scheme's context, with its own dense tokens; first ones slide out of a window."""
     if window is None:
-        return Held(config.context, config.sinks, recent)
-    return Held(min(config.context, window), 0, recent)
+        return Held(config.context, config.sinks, config.recent)
+    return Held(min(config.context, window), 0, config.recent)
 
 
 def _block(config: KVQConfig) -> int:
@@ -131,5 +133,6 @@ def _block(config: KVQConfig) -> int:
 
 
 def _packed(heads: Sequence[Component], held: Mapping[int, Held]) -> list[Component]:
-    """With the elements of all tokens that they pack."""
-    return [replace(c, elements=c.elements * held[c.layer].packed) for c in heads]
+    """With the elements of all tokens that they pack, and weights that grow alike."""
+    packed = [(c, held[c.layer].packed) for c in heads]
+    return [replace(c, weight=c.weight * tokens, elements=c.elements * tokens) for c, tokens in packed]

@@ -116,6 +116,7 @@ def test_a_second_process_reads_it(filled: Any, drawn: list[str]) -> None:
         ("auto:kl<=0.02,frame=off", ["meet"]),
         ("auto:kl<=0.02,per=head", ["meet"]),
         ("auto@2,per=head", []),
+        ("auto@3.25,context=4096", []),
     ],
 )
 def test_other_settings_measure_what_depends_on_them(
@@ -345,13 +346,6 @@ def test_bounds_that_codes_do_not_meet_take_sixteen_bits(bound: str) -> None:
     choice = choice_of(f"auto:kl<={bound}")
     assert 6.25 < choice.bits <= 16.0 and choice.measured_kl <= float(bound)
     assert choice_of(f"auto:kl<={bound}") == choice
-
-
-def test_a_context_measures_a_bound_anew(filled: Any, drawn: list[str]) -> None:
-    choice = choice_of(f"{KL},context=4096")
-    assert drawn == ["meet"] and choice.context == 4096 and choice.measured_kl <= 0.02
-    assert {layer.recent for layer in choice.layers} == {16}
-    assert choice_of("auto@3.25,context=4096").context == 4096 and drawn == ["meet"]
 
 
 def test_a_prompt_that_is_packed_late_is_measured_packed(filled: Any) -> None:
