@@ -281,7 +281,7 @@ def context() -> list[str]:
         f"For a context, without a calibration. `python benchmarks/context.py` ({found['machine']}); the last 200 "
         f"positions of {about}; MiB of a text's caches at its end, in a model of 16 bits:",
         table(["model", "tokens", "scheme", "KL mean", "top-1", "bits", "MiB", "MiB, fp16"], rows),
-        f"`{apart[0]['scheme']}` in one kind of layers of {TITLES[apart[0]['model']]}, the others as mlx-lm makes them: "
+        f"`{apart[0]['scheme']}` in one kind of layers of {TITLES[apart[0]['model']]}, others as mlx-lm makes them: "
         "`python benchmarks/context.py --kinds`, on the texts of 2,000 tokens.",
         table(["positions", "layers", "KL mean", "KL median"], kinds),
     ]
