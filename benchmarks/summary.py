@@ -271,6 +271,13 @@ def context() -> list[str]:
     ]
     texts = {row["context"]: row["texts"] for row in found["rows"]}
     about = "; ".join(f"{tokens:,} tokens: {', '.join(names)}" for tokens, names in sorted(texts.items()))
+    parts = [
+        f"For a context, without a calibration. `python benchmarks/context.py` ({found['machine']}); the last 200 "
+        f"positions of {about}; MiB of a text's caches at its end, in a model of 16 bits:",
+        table(["model", "tokens", "scheme", "KL mean", "top-1", "bits", "MiB", "MiB, fp16"], rows),
+    ]
+    if not stored("context-kinds"):
+        return parts
     apart = results("context-kinds")["rows"]
     kinds = [
         [f"{row['prefill']:,} to {row['prefill'] + row['steps']:,}", row["kind"], f"{row['kl']:.4f}"]
@@ -278,9 +285,7 @@ def context() -> list[str]:
         for row in apart
     ]
     return [
-        f"For a context, without a calibration. `python benchmarks/context.py` ({found['machine']}); the last 200 "
-        f"positions of {about}; MiB of a text's caches at its end, in a model of 16 bits:",
-        table(["model", "tokens", "scheme", "KL mean", "top-1", "bits", "MiB", "MiB, fp16"], rows),
+        *parts,
         f"`{apart[0]['scheme']}` in one kind of layers of {TITLES[apart[0]['model']]}, others as mlx-lm makes them: "
         "`python benchmarks/context.py --kinds`, on the texts of 2,000 tokens.",
         table(["positions", "layers", "KL mean", "KL median"], kinds),
