@@ -235,7 +235,7 @@ def allocation() -> str:
         f"{TITLES[m]}: {kind}" for m in MODELS for kind in ("the same for all", "gradient", "activation")
     ]
     machine = quality(MODELS[0])["machine"]
-    return "\n\n".join([*automatic(), _averages(head, lines, machine)])
+    return "\n\n".join([*automatic(), *context(), _averages(head, lines, machine)])
 
 
 def automatic() -> list[str]:
@@ -258,6 +258,37 @@ def automatic() -> list[str]:
         "and with a bound: predicted, measured on the model's own texts, there by the ruler in single steps, and by "
         "the ruler on the texts of [quality](quality.md):",
         table(["model", "scheme", "bits", "predicted", "own texts", "in single steps", "other texts"], bounds),
+    ]
+
+
+def context() -> list[str]:
+    """Automatic bits for a context against those that no length is named for."""
+    found = results("context")
+    rows = [
+        [TITLES[row["model"]], f"{row['context']:,}", f"`{row['scheme']}`", f"{row['kl']:.4f}", f"{row['top1']:.1%}"]
+        + [f"{row['bits']:.2f}", f"{row['nbytes'] / 2**20:.2f}", f"{row['fp16_nbytes'] / 2**20:.2f}"]
+        for row in found["rows"]
+    ]
+    texts = {row["context"]: row["texts"] for row in found["rows"]}
+    about = "; ".join(f"{tokens:,} tokens: {', '.join(names)}" for tokens, names in sorted(texts.items()))
+    parts = [
+        f"For a context, without a calibration. `python benchmarks/context.py` ({found['machine']}); the last 200 "
+        f"positions of {about}; MiB of a text's caches at its end, in a model of 16 bits:",
+        table(["model", "tokens", "scheme", "KL mean", "top-1", "bits", "MiB", "MiB, fp16"], rows),
+    ]
+    if not stored("context-kinds"):
+        return parts
+    apart = results("context-kinds")["rows"]
+    kinds = [
+        [f"{row['prefill']:,} to {row['prefill'] + row['steps']:,}", row["kind"], f"{row['kl']:.4f}"]
+        + [f"{row['kl_median']:.4f}"]
+        for row in apart
+    ]
+    return [
+        *parts,
+        f"`{apart[0]['scheme']}` in one kind of layers of {TITLES[apart[0]['model']]}, others as mlx-lm makes them: "
+        "`python benchmarks/context.py --kinds`, on the texts of 2,000 tokens.",
+        table(["positions", "layers", "KL mean", "KL median"], kinds),
     ]
 
 

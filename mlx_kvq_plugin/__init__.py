@@ -10,7 +10,7 @@ from mlx_lm.models import cache as _mlx_cache
 
 from .adapters import Adapter, LayerGeometry, attention_geometry, list_adapters
 from .allocation import Allocation, DistortionCurve
-from .auto import AutoChoice, LayerChoice
+from .auto_choice import AutoChoice, LayerChoice
 from .batch import BatchKVQCache
 from .cache import KVQCache
 from .calibration import Calibration, calibrate

@@ -15,7 +15,7 @@ import heapq
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .codecs import GROUP, list_codecs
 from .errors import AllocationError, SchemeError
@@ -104,13 +104,17 @@ class Budget:
         """Bits that a component can get, ascending."""
         return whole_bits(self.family)
 
+    def codecs(self) -> dict[int, str]:
+        """Names by bits."""
+        return {bits: f"{self.family}{bits}" for bits in self.choices()}
+
 
 @dataclass(frozen=True)
 class DistortionCurve:
     """Relative squared error of a codec family by its bits, on some data.
 
     Attributes:
-        bits, mse: what was measured, ascending bits.
+        bits, mse: what was measured, ascending bits; the last may be those of an exact codec, whose error is 0.
         alpha, beta: of the fit `mse = alpha * beta ** -bits`.
     """
 
@@ -145,15 +149,29 @@ class DistortionCurve:
         return self.mse[self.bits.index(bits)]
 
     def between(self, bits: float) -> float:
-        """What was measured, or the exponential through the measured points around `bits`."""
+        """What was measured, or the exponential through the measured points around `bits`.
+
+        On the way to an exact codec it is the line: a share of the elements is exact.
+        """
         i = min(max(bisect.bisect_right(self.bits, bits), 1), len(self.bits) - 1)
         share = (bits - self.bits[i - 1]) / (self.bits[i] - self.bits[i - 1])
+        if not self.mse[i]:
+            return self.mse[i - 1] * (1 - share)
         return float(self.mse[i - 1] ** (1 - share) * self.mse[i] ** share)
 
+    @property
+    def lossy(self) -> int:
+        """The most bits that leave an error."""
+        return max(bits for bits, error in zip(self.bits, self.mse, strict=True) if error)
 
-def plain_curve(bits: Sequence[int]) -> DistortionCurve:
-    """Errors that every bit quarters, as theory has it: for even bits, where nothing is known of a model."""
-    return DistortionCurve(tuple(bits), tuple(4.0**-b for b in bits), 1.0, 4.0)
+
+def plain_curve(bits: Sequence[int], exact: int | None = None) -> DistortionCurve:
+    """Errors that every bit quarters, as theory has it: for even bits, where nothing is known of a model.
+
+    Args:
+        exact: those of `bits` that leave no error.
+    """
+    return DistortionCurve(tuple(bits), tuple(0.0 if b == exact else 4.0**-b for b in bits), 1.0, 4.0)
 
 
 @dataclass(frozen=True)
@@ -352,6 +370,7 @@ def _steps(
     return [choices[step] for step in steps]
 
 
+Codecs = Mapping[str, Mapping[int, str]]  # names by side and bits
 Bits = Mapping[str, Mapping[int, tuple[int, ...]]]  # by side and layer, one a KV head
 RealBits = Mapping[str, Mapping[int, tuple[float, ...]]]
 
@@ -361,20 +380,22 @@ class Allocation:
     """Codecs of every allocated layer.
 
     Attributes:
-        families: of codecs, by side.
+        codecs: names by bits, of every side.
         bits: by side and layer, one number a KV head.
         optimum: the same before they are made whole (`optimal_bits`).
         gain: total distortion of equal bits over that of `optimum`, by the fitted curves.
+        recent: newest dense tokens by layer, where they are chosen; as the scheme has them for others.
     """
 
-    families: Mapping[str, str]
+    codecs: Codecs
     bits: Bits
     optimum: RealBits
     gain: float
+    recent: Mapping[int, int] = field(default_factory=dict)
 
     def codec(self, side: str, layer: int) -> str:
         """The codec name of a layer's side, with one name a KV head where they differ; "" for a side left out."""
-        names = [f"{self.families[side]}{bits}" for bits in self.bits.get(side, {}).get(layer, ())]
+        names = [self.codecs[side][bits] for bits in self.bits.get(side, {}).get(layer, ())]
         return names[0] if len(set(names)) == 1 else "+".join(names)
 
 
@@ -406,21 +427,22 @@ def allocate(
         own = [component for component in components if component.side in pool]
         fits = {side: curves[budget.family, side] for side in pool}
         parts.append((own, allocate_bits(own, budget.bits, budget.choices(), fits), budget.bits, fits))
-    return allocation_of({side: budget.family for side, budget in budgets.items()}, parts)
+    return allocation_of({side: budget.codecs() for side, budget in budgets.items()}, parts)
 
 
 Part = tuple[Sequence[Component], Sequence[int], float, Mapping[str, DistortionCurve]]
 
 
-def allocation_of(families: Mapping[str, str], parts: Sequence[Part]) -> Allocation:
+def allocation_of(codecs: Codecs, parts: Sequence[Part], recent: Mapping[int, int] | None = None) -> Allocation:
     """An `Allocation` of whole bits.
 
     Args:
-        families: by side.
+        codecs: names by side and bits.
         parts: components that share an average, their whole bits, the average, and curves by side.
+        recent: newest dense tokens by layer, where they are chosen.
     """
-    bits: dict[str, dict[int, tuple[int, ...]]] = {side: {} for side in families}
-    optimum: dict[str, dict[int, tuple[float, ...]]] = {side: {} for side in families}
+    bits: dict[str, dict[int, tuple[int, ...]]] = {side: {} for side in codecs}
+    optimum: dict[str, dict[int, tuple[float, ...]]] = {side: {} for side in codecs}
     equal = best = 0.0
     for own, whole, average, fits in parts:
         real = optimal_bits(own, average, fits)
@@ -430,4 +452,4 @@ def allocation_of(families: Mapping[str, str], parts: Sequence[Part]) -> Allocat
             side, layer = component.side, component.layer
             bits[side][layer] = (*bits[side].get(layer, ()), b)
             optimum[side][layer] = (*optimum[side].get(layer, ()), r)
-    return Allocation(families, bits, optimum, equal / best)
+    return Allocation(codecs, bits, optimum, equal / best, recent or {})

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -25,22 +23,23 @@ from .allocation import (
     Allocation,
     Component,
     DistortionCurve,
-    Rate,
     allocate_bits,
     allocation_of,
     least_bits,
     mean_rate,
     plain_curve,
     total_distortion,
-    whole_bits,
 )
+from .auto_choice import AutoChoice, LayerChoice
 from .bound import CLOSE, PREFILL, ROUNDS, STEP, Checked, mean_divergence, meet, steps_logprobs
 from .codecs import get_codec
 from .config import KVQConfig
+from .dense_tokens import budget_of
 from .errors import AllocationError
 from .kept import Kept, keep_json
 from .progress import Progress, silent
 from .prompt_cache import model_fingerprint
+from .rates import EXACT_BITS, auto_codecs, auto_curves, rate_of
 from .schemes import format_scheme
 
 if TYPE_CHECKING:
@@ -48,97 +47,35 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LayerChoice:
-    """What one layer got.
+class Chosen:
+    """Bits that meet a scheme's target.
 
     Attributes:
-        index: cache entry.
-        key, value: codecs.
-        key_kl, value_kl: the part of the predicted KL divergence that its keys and its values cost, nats a token.
-        key_need, value_need: the same if the layer had the average bits, over that of the average layer's side: above 1
-            it gets more bits than others.
+        components: KV heads; where the scheme has a context, with the elements of all tokens that they pack and with
+            weights that grow alike.
+        bits: whole bits of each.
+        average: of them, without scales.
+        recent: newest dense tokens by layer, where they are chosen.
     """
 
-    index: int
-    key: str
-    value: str
-    key_kl: float
-    value_kl: float
-    key_need: float
-    value_need: float
+    components: list[Component]
+    bits: list[int]
+    average: float
+    recent: Mapping[int, int]
 
-
-@dataclass(frozen=True)
-class AutoChoice:
-    """What an `auto` scheme chose for a model, and what it went by.
-
-    Attributes:
-        scheme: as a string.
-        basis: where the sensitivities are from, in words.
-        bits: stored bits an element, all-in, over keys and values of the compressed layers.
-        key_bits, value_bits: the same of either side.
-        kl: the predicted KL divergence, nats a token, to second order, of contexts as long as those measured on.
-        even_kl: that of the same bits for all layers and both sides; between whole bits by exponential interpolation.
-        layers: of the compressed layers.
-        sinks, recent, edges: as the scheme has them.
-        measured_kl: of a scheme with a bound, on the model's own texts; `None` for one with bits.
-        kept: the files that the calibration and the measurement are kept in, of those that were made here.
-    """
-
-    scheme: str
-    basis: str
-    bits: float
-    key_bits: float
-    value_bits: float
-    kl: float
-    even_kl: float
-    layers: tuple[LayerChoice, ...]
-    sinks: int
-    recent: int
-    edges: int
-    measured_kl: float | None = None
-    kept: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
-
-    def summary(self) -> str:
-        """One line."""
-        measured = "" if self.measured_kl is None else f", measured {self.measured_kl:.4f}"
-        return (
-            f"{self.bits:.3f} bits an element (keys {self.key_bits:.3f}, values {self.value_bits:.3f}), predicted KL "
-            f"{self.kl:.4f}{measured} ({self.even_kl:.4f} predicted with the same bits everywhere), by {self.basis}"
-        )
-
-    def lines(self) -> list[str]:
-        """All that was chosen: the summary, what stays dense, and layers, those in a row with equal codecs together."""
-        rows = [("layers", "keys", "values", "need of keys", "of values", "predicted KL")]
-        for (key, value), group in groupby(self.layers, lambda layer: (layer.key, layer.value)):
-            layers = list(group)
-            first, last = layers[0].index, layers[-1].index
-            needs = [_span([getattr(layer, name) for layer in layers]) for name in ("key_need", "value_need")]
-            kl = sum(layer.key_kl + layer.value_kl for layer in layers)
-            rows.append((f"{first}-{last}" if last > first else f"{first}", key, value, *needs, f"{kl:.5f}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return [
-            self.summary(),
-            f"dense: {self.sinks} first and {self.recent} last tokens, and {self.edges} layers at both ends",
-            *(f"kept in {path}" for path in self.kept),
-            *("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows),
-        ]
-
-    def __str__(self) -> str:
-        return "\n".join([f"{self.scheme}:", *self.lines()])
-
-
-def _span(values: Sequence[float]) -> str:
-    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
-    return low if low == high else f"{low}-{high}"
+    def allocation(self, config: KVQConfig, curves: Mapping[str, DistortionCurve]) -> Allocation:
+        """Codecs by name."""
+        codecs = dict.fromkeys(SIDES, auto_codecs(config.family, config.per))
+        return allocation_of(codecs, [(self.components, self.bits, self.average, curves)], self.recent)
 
 
 def choose(
-    calibration: Calibration, config: KVQConfig, layers: Sequence[int], basis: str, limit: float | None = None
+    calibration: Calibration,
+    config: KVQConfig,
+    layers: Sequence[int],
+    windows: Mapping[int, int],
+    basis: str,
+    limit: float | None = None,
 ) -> tuple[Allocation, AutoChoice]:
     """Codecs for the compressed layers of a model.
 
@@ -146,6 +83,7 @@ def choose(
         calibration: of the model.
         config: with a `target`.
         layers: cache entries that the scheme compresses, at least one.
+        windows: of the sliding ones among them.
         basis: what the choice says it went by.
         limit: of the predicted KL divergence, in place of the target's.
 
@@ -153,82 +91,92 @@ def choose(
         AllocationError: for bits or a KL divergence that the family's codecs cannot meet on this model.
         CalibrationError: for layers that were not calibrated.
     """
-    curves, heads = _curves(calibration, config), calibration.components(GRADIENT, layers)
-    bits, average = chosen_bits(config, heads, curves, limit)
-    allocation = allocation_of(dict.fromkeys(SIDES, config.family), [(heads, bits, average, curves)])
-    rate = rate_of(config, heads)
-    even = _kl(heads, [average] * len(heads), curves)
+    curves, heads = auto_curves(config, calibration.curves), calibration.components(GRADIENT, layers)
+    chosen = chosen_bits(config, heads, windows, curves, limit)
+    allocation, rate = chosen.allocation(config, curves), rate_of(config, heads)
+    level = min(chosen.average, *(curve.lossy for curve in curves.values()))  # above it all needs fall alike
+    need = _kl(heads, [level] * len(heads), curves) / (2 * len(layers))
 
-    def part(side: str, layer: int | None = None) -> tuple[list[Component], list[int]]:
-        """The components, and their bits, of a side, in one layer or in all."""
-        found = [i for i, c in enumerate(heads) if c.side == side and layer in (None, c.layer)]
-        return [heads[i] for i in found], [bits[i] for i in found]
+    def bits_of(side: str) -> float:
+        own = [i for i, c in enumerate(heads) if c.side == side]
+        return mean_rate([chosen.components[i] for i in own], [chosen.bits[i] for i in own], rate)
 
     def costs(side: str, layer: int) -> tuple[float, float]:
-        own, given = part(side, layer)
-        return _kl(own, given, curves), _kl(own, [average] * len(own), curves) / even * 2 * len(layers)
+        own = [i for i, c in enumerate(heads) if (c.side, c.layer) == (side, layer)]
+        parts = [heads[i] for i in own]
+        return _kl(parts, [chosen.bits[i] for i in own], curves), _kl(parts, [level] * len(parts), curves) / need
 
-    chosen = []
+    found = []
     for layer in layers:
         (key_kl, key_need), (value_kl, value_need) = costs(KEY, layer), costs(VALUE, layer)
         codecs = allocation.codec(KEY, layer), allocation.codec(VALUE, layer)
-        chosen.append(LayerChoice(layer, *codecs, key_kl, value_kl, key_need, value_need))
+        recent = chosen.recent.get(layer, config.recent)
+        found.append(LayerChoice(layer, *codecs, recent, key_kl, value_kl, key_need, value_need))
     choice = AutoChoice(
         scheme=format_scheme(config),
         basis=basis,
-        bits=mean_rate(heads, bits, rate),
-        key_bits=mean_rate(*part(KEY), rate),
-        value_bits=mean_rate(*part(VALUE), rate),
-        kl=_kl(heads, bits, curves),
-        even_kl=even,
-        layers=tuple(chosen),
+        bits=mean_rate(chosen.components, chosen.bits, rate),
+        key_bits=bits_of(KEY),
+        value_bits=bits_of(VALUE),
+        kl=_kl(heads, chosen.bits, curves),
+        even_kl=_kl(heads, [chosen.average] * len(heads), curves),
+        layers=tuple(found),
         sinks=config.sinks,
         recent=config.recent,
         edges=config.edges,
+        context=config.context,
     )
     return allocation, choice
 
 
 def chosen_bits(
-    config: KVQConfig, heads: Sequence[Component], curves: Mapping[str, DistortionCurve], limit: float | None = None
-) -> tuple[list[int], float]:
-    """Whole bits of every KV head that meet the scheme's target, and their average without scales.
+    config: KVQConfig,
+    heads: Sequence[Component],
+    windows: Mapping[int, int],
+    curves: Mapping[str, DistortionCurve],
+    limit: float | None = None,
+) -> Chosen:
+    """What meets the scheme's target.
 
     Args:
         config: with a `target`.
         heads, curves: of the model.
+        windows: of the sliding layers among those of the heads.
         limit: of the predicted KL divergence, in place of the target's.
 
     Raises:
         AllocationError: for a target that cannot be met.
     """
-    target, choices, rate = config.target, whole_bits(config.family), rate_of(config, heads)
+    target, rate = config.target, rate_of(config, heads)
+    codecs = auto_codecs(config.family, config.per)
+    choices = list(codecs)
     assert target is not None
-    components = _by_layer(heads) if config.per == PER_LAYER else list(heads)
+    budget = budget_of(config, heads, windows, lambda counted: mean_rate(counted, [choices[0]] * len(counted), rate))
+    components = _by_layer(budget.components) if config.per == PER_LAYER else budget.components
     if target.bits is not None:
         low, high = (mean_rate(components, [end] * len(components), rate) for end in (choices[0], choices[-1]))
-        if not low - 1e-9 <= target.bits <= high + 1e-9:
+        if not low - 1e-9 <= budget.bits <= high + 1e-9:
             raise AllocationError(
                 f"automatic bits of {config.family} must be in {low:g} to {high:g} on this model, all-in, got "
                 f"{target.bits:g}; choose another average or family"
             )
-        whole = allocate_bits(components, target.bits, choices, curves, rate)
+        whole = allocate_bits(components, budget.bits, choices, curves, rate)
     else:
         assert target.kl is not None
         most = target.kl if limit is None else limit
         least = _kl(components, [choices[-1]] * len(components), curves)
         if least > most:
             raise AllocationError(
-                f"a KL divergence must be at least {least:.2g} nats a token, what {config.family}{choices[-1]} is "
+                f"a KL divergence must be at least {least:.2g} nats a token, what {codecs[choices[-1]]} is "
                 f"predicted to cost on this model, got {most:g}; allow more or choose another family"
             )
         whole = least_bits(components, 2 * most, choices, curves, rate)
     given = {(c.layer, c.side, c.head): b for c, b in zip(components, whole, strict=True)}
     bits = [given[c.layer, c.side, 0 if config.per == PER_LAYER else c.head] for c in heads]
-    return bits, mean_rate(heads, bits)
+    return Chosen(budget.components, bits, mean_rate(budget.components, bits), budget.recent)
 
 
-def even_choice(config: KVQConfig, heads: Sequence[Component]) -> Allocation:
+def even_choice(config: KVQConfig, heads: Sequence[Component], windows: Mapping[int, int]) -> Allocation:
     """The allocation of a bits target where nothing is known of the model: equal needs; raises `AllocationError`."""
     target = config.target
     assert target is not None
@@ -237,21 +185,8 @@ def even_choice(config: KVQConfig, heads: Sequence[Component]) -> Allocation:
             f"bytes of a scheme with a bound on the KL divergence must be asked of a model with its weights, got "
             f"{format_scheme(config)} without; use kvq inspect, or plan with auto@BITS"
         )
-    curves = dict.fromkeys(SIDES, plain_curve(whole_bits(config.family)))
-    bits, average = chosen_bits(config, heads, curves)
-    return allocation_of(dict.fromkeys(SIDES, config.family), [(heads, bits, average, curves)])
-
-
-def rate_of(config: KVQConfig, heads: Sequence[Component]) -> Rate:
-    """Stored bits an element, all-in, that a choice of bits takes; of KV heads, or of layers made of them."""
-    dims = {(c.side, c.layer): c.elements for c in heads}
-
-    @cache
-    def stored(side: str, dim: int, bits: int) -> float:
-        name = f"{config.family}{bits}"
-        return config.layer_spec(name, name).bits_per_element(dim, dim)[SIDES.index(side)]
-
-    return lambda component, bits: stored(component.side, dims[component.side, component.layer], bits)
+    curves = dict.fromkeys(SIDES, plain_curve(list(auto_codecs(config.family, config.per)), EXACT_BITS))
+    return chosen_bits(config, heads, windows, curves).allocation(config, curves)
 
 
 def _kl(components: Sequence[Component], bits: Sequence[float], curves: Mapping[str, DistortionCurve]) -> float:
@@ -263,6 +198,7 @@ def choose_for(
     model: Any,
     config: KVQConfig,
     layers: Sequence[int],
+    windows: Mapping[int, int],
     source: str,
     unknown_arch: str = "error",
     progress: Progress = silent,
@@ -290,7 +226,7 @@ def choose_for(
         checked = _checked(model, config, layers, source, unknown_arch, calibration, progress)
         limit, measured = checked.content.limit, checked.content.kl
         kept.append(checked.path)
-    allocation, choice = choose(calibration, config, layers, basis, limit)
+    allocation, choice = choose(calibration, config, layers, windows, basis, limit)
     return allocation, replace(choice, measured_kl=measured, kept=tuple(name for name in kept if name))
 
 
@@ -317,8 +253,9 @@ def _checked(
             f"a bound on the KL divergence must come with at most {PREFILL} dense tokens, as it is checked on short "
             f"texts, got sinks={config.sinks} and recent={config.recent}; choose fewer, or bits like auto@3.25"
         )
-    bound, curves, heads = config.target.kl, _curves(calibration, config), calibration.components(GRADIENT, layers)
-    family, first = whole_bits(config.family), first_token(source)
+    bound, first = config.target.kl, first_token(source)
+    curves, heads = auto_curves(config, calibration.curves), calibration.components(GRADIENT, layers)
+    codecs = auto_codecs(config.family, config.per)
 
     def make() -> Checked:
         tokens = mx.array(own_texts(model, first, progress))
@@ -328,12 +265,16 @@ def _checked(
 
             def measure(limit: float) -> float:
                 progress("measuring a choice", 0, 1)
-                allocation, _ = choose(calibration, config, layers, "", limit)
+                allocation, _ = choose(calibration, config, layers, {}, "", limit)
                 caches = CacheMaker(model, config, routed.maker.adapter, source, allocation)()
                 return mean_divergence(expected, steps_logprobs(model, caches, tokens))
 
-            ends = _kl(heads, [family[-1]] * len(heads), curves), _kl(heads, [family[0]] * len(heads), curves)
-            return meet(bound, ends, lambda limit: choose(calibration, config, layers, "", limit)[1].kl, measure)
+            most, *_, least = (_kl(heads, [bits] * len(heads), curves) for bits in codecs)
+
+            def predicted(limit: float) -> float:
+                return choose(calibration, config, layers, {}, "", limit)[1].kl
+
+            return meet(bound, (least, most), predicted, measure)
 
     identity = {
         "version": VERSION,
@@ -344,19 +285,9 @@ def _checked(
         "layers": list(layers),
         "weights": [c.weight for c in heads],
         "curves": {side: curve.mse for side, curve in curves.items()},
-        "codecs": [get_codec(f"{config.family}{bits}").to_json() for bits in family],
+        "codecs": [get_codec(name).to_json() for name in codecs.values()],
     }
     return keep_json("bound", identity, Checked.from_json, make, asdict)
-
-
-def _curves(calibration: Calibration, config: KVQConfig) -> Mapping[str, DistortionCurve]:
-    missing = [side for side in SIDES if (config.family, side) not in calibration.curves]
-    if missing:
-        raise AllocationError(
-            f"a calibration must have the distortion of {config.family} for {' and '.join(missing)}, got none; "
-            "calibrate again with this codec installed, or choose another family"
-        )
-    return {side: calibration.curves[config.family, side] for side in SIDES}
 
 
 def _by_layer(heads: Sequence[Component]) -> list[Component]:

@@ -22,6 +22,7 @@ from .evaluation import divergence, logprobs
 PREFILL, STEP = 192, 8  # tokens of every text before the first position, and tokens fed at once after them
 ROUNDS = 4  # measurements, but for a bound that none of them meets
 CLOSE = 0.05  # a measured divergence that is less than this share below the bound is not raised any more
+_TINY = 1e-12  # in place of 0, which has no logarithm
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Checked:
         """Inverse of `dataclasses.asdict`; raises `KeyError`, `TypeError` or `ValueError`."""
         rounds = tuple((float(predicted), float(measured)) for predicted, measured in content["rounds"])
         found = Checked(float(content["limit"]), float(content["kl"]), rounds)
-        if not (0.0 < found.limit < math.inf and 0.0 <= found.kl < math.inf):
+        if not (0.0 <= found.limit < math.inf and 0.0 <= found.kl < math.inf):
             raise ValueError("no bound")
         return found
 
@@ -71,7 +72,7 @@ def meet(
             break
         found[kl] = (measured(limit), limit)
         met = [own for own, (cost, _) in found.items() if cost <= bound]
-        if not met and limit <= least:
+        if not met and kl <= least:
             raise AllocationError(
                 f"a KL divergence must be at least {found[kl][0]:.2g} nats a token, what the most bits of the family "
                 f"cost on this model's own texts, got {bound:g}; allow more or choose another family"
@@ -89,7 +90,7 @@ def meet(
 
 def _next(aim: float, found: dict[float, float]) -> float:
     """The prediction at which `aim` is expected to be measured: on the line of the two nearest, in logarithms."""
-    points = sorted((math.log(own), math.log(max(cost, 1e-12))) for own, cost in found.items())
+    points = sorted((math.log(max(own, _TINY)), math.log(max(cost, _TINY))) for own, cost in found.items())
     target = math.log(aim)
     near = sorted(points, key=lambda point: abs(point[1] - target))[:2]
     (x, y), slope = near[0], 1.0

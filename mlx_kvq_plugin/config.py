@@ -20,6 +20,7 @@ from .allocation import (
 )
 from .codecs import LEAST_SQUARES, NORM, UNBIASED, Codec, get_codec
 from .errors import CodecError, PluginError, SchemeError
+from .rates import auto_codecs
 from .rotation import HADAMARD, ROTATIONS
 
 COMPRESS_AFTER = ("chunk", "prefill")
@@ -27,6 +28,7 @@ MATCHED = "matched"
 CONFIG_SCALINGS = (MATCHED, LEAST_SQUARES)
 SIDE_SCALING = {KEY: NORM, VALUE: UNBIASED}  # of `matched`: what each side's scales make right (scalar.quantize)
 FP16 = "fp16"
+LEAST_CONTEXT = 256  # that dense tokens are chosen for
 
 
 def _check_int(name: str, value: object, low: int) -> None:
@@ -56,9 +58,13 @@ class KVQConfig:
         sensitivity: what average bits are allocated by, one of `allocation.SENSITIVITIES`.
         scaling: of `tq` and `rvq` codecs. `matched`: scales keep the norms of keys and leave values unbiased;
             `least_squares`: they make the squared error least, which shrinks both.
-        family: of codecs that `auto` chooses from; any with several whole rates.
+        family: of codecs that `auto` chooses from; any with several whole rates. Above them come those of the family
+            that goes on above it (`Codec.continued_by`), and 16 bits.
         per: what gets bits of its own from `auto`, the keys or values of a `layer` or of every `head`, whose codecs
             have no GPU kernels.
+        context: the length in tokens that the bits of `auto` are counted at, at least `LEAST_CONTEXT`: over all tokens
+            that layers hold there, and the newest dense tokens of every layer are chosen too (dense_tokens.py). With 0
+            they are those of packed tokens, whatever the length.
     """
 
     key: str = "tq4"
@@ -75,6 +81,7 @@ class KVQConfig:
     scaling: str = MATCHED
     family: str = AUTO_FAMILY
     per: str = PER_LAYER
+    context: int = 0
 
     def __post_init__(self) -> None:
         if self.rotation not in ROTATIONS:
@@ -107,6 +114,8 @@ class KVQConfig:
         _check_int("sinks", self.sinks, 0)
         _check_int("recent", self.recent, 0)
         _check_int("seed", self.seed, 0)
+        _check_int("context", self.context, 0)
+        self._check_context()
         if self.compress_after not in COMPRESS_AFTER:
             raise SchemeError(f"compress_after must be one of {COMPRESS_AFTER}, got {self.compress_after!r}")
 
@@ -130,6 +139,24 @@ class KVQConfig:
                 f'v={self.value}; write for example "auto@3.25,family=tq"'
             )
 
+    def _check_context(self) -> None:
+        if not self.context:
+            return
+        if self.target is None or self.target.bits is None:
+            raise SchemeError(
+                f"context must go with bits of auto, got context={self.context} with k={self.key},v={self.value}; "
+                'write for example "auto@3.25,context=8192"'
+            )
+        if self.context < LEAST_CONTEXT:
+            raise SchemeError(
+                f"context must be at least {LEAST_CONTEXT} tokens, got {self.context}; name a longer one or drop it"
+            )
+        if (self.sinks, self.recent) != (KVQConfig.sinks, KVQConfig.recent):
+            raise SchemeError(
+                f"dense tokens must be left to auto where it has a context, got sinks={self.sinks} and recent="
+                f"{self.recent} with context={self.context}; drop either these or the context"
+            )
+
     def _codecs(self, name: str) -> list[Codec]:
         """The codecs that a side may use."""
         seed = self.seed if isinstance(self.seed, int) else 0
@@ -140,7 +167,7 @@ class KVQConfig:
             rates = whole_bits(self.family)
             if len(rates) < 2:
                 raise SchemeError(f"a family to choose from must have two or more whole rates, got {self.family!r}")
-            names = [f"{self.family}{bits}" for bits in rates]
+            names = list(auto_codecs(self.family, self.per).values())
         return [get_codec(name, seed, self.rotation) for name in names]
 
     @property

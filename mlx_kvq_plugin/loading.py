@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from .schemes import format_scheme, parse_scheme
 from .sliding import SlidingKVQCache, smallest_window
 
 if TYPE_CHECKING:
-    from .auto import AutoChoice
+    from .auto_choice import AutoChoice
 
 log = logging.getLogger("mlx_kvq_plugin")
 
@@ -46,6 +47,16 @@ class LayerPlan:
     spec: LayerSpec | None
     reason: str = ""
     rotary: Rotary | None = None
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that a sliding layer keeps, `None` for one that keeps all."""
+        return self.geometry.window if self.geometry.kind == SLIDING else None
+
+
+def windows_of(plans: Sequence[LayerPlan]) -> dict[int, int]:
+    """Windows of the sliding layers among some, by cache entry."""
+    return {plan.index: plan.window for plan in plans if plan.window is not None}
 
 
 def stock_caches(model: Any) -> list[Any]:
@@ -123,6 +134,10 @@ def _plan_layer(
     if edge:
         return stays(f"edge layer (edges={config.edges})")
     spec = config.layer_spec(*(_allocated(config, allocation, side, index) for side in (KEY, VALUE)))
+    if allocation is not None and config.target is not None and spec.key_codec.exact and spec.value_codec.exact:
+        return stays("16 bits by need")
+    if allocation is not None:
+        spec = spec.with_(recent=allocation.recent.get(index, spec.recent))
     for codec, dim in ((spec.key_codec, layer.key_dim), (spec.value_codec, layer.value_dim)):
         codec.planes(dim, "float16")  # raises CodecError for a head size it cannot do
     if layer.kind == SLIDING:
@@ -344,7 +359,8 @@ def _allocation(
     from .distributed import check_scheme
 
     check_scheme(model, config)
-    layers = [plan.index for plan in plan_layers(model, config, adapter) if plan.spec is not None]
+    compressed = [plan for plan in plan_layers(model, config, adapter) if plan.spec is not None]
+    layers = [plan.index for plan in compressed]
     if not layers:
         return None, None
     if config.target is None:
@@ -354,7 +370,7 @@ def _allocation(
     from .auto import choose_for
 
     unknown_arch = "generic" if adapter is GENERIC else "error"
-    allocation, choice = choose_for(model, config, layers, source, unknown_arch, progress)
+    allocation, choice = choose_for(model, config, layers, windows_of(compressed), source, unknown_arch, progress)
     log.info("kvq: %s", choice)
     return allocation, choice
 

@@ -8,13 +8,14 @@ from typing import Any
 
 from .adapters import GENERIC, REFUSED, Adapter, load_adapter, model_type_of
 from .allocation import KEY, SIDES, Allocation, Component, allocate, plain_curve
-from .auto import AutoChoice, even_choice
+from .auto import even_choice
+from .auto_choice import AutoChoice
 from .codecs import Codec
 from .codecs.per_head import PerHead
 from .config import KVQConfig
 from .errors import AllocationError, CodecError, UnsupportedModelError
 from .layouts import STEPS, Layout, layer_layout, layouts_nbytes
-from .loading import CacheMaker, LayerPlan, plan_layers
+from .loading import CacheMaker, LayerPlan, plan_layers, windows_of
 from .schemes import format_scheme
 
 
@@ -112,7 +113,7 @@ def _even_allocation(config: KVQConfig, layers: Sequence[LayerPlan]) -> Allocati
     if not components:
         return None
     if config.target is not None:
-        return even_choice(config, components)
+        return even_choice(config, components, windows_of(compressed))
     curves = {(budget.family, side): plain_curve(budget.choices()) for side, budget in budgets.items()}
     return allocate(components, budgets, curves)
 

@@ -4,7 +4,7 @@ Grammar: comma-separated parts; a part without `=` names the codec of both sides
 stores the values, or a named scheme; `k=` and `v=` name one side each; `outliers=N` gives `tq` codecs outlier channels;
 the rest set fields of `KVQConfig`: `frame=on|off`, `edges=N`, `sinks=N`, `recent=N`, `compress_after=chunk|prefill`,
 `seed=N`, `rotation=NAME`, `calibration=FILE`, `sensitivity=gradient|activation`, `scaling=matched|least_squares`, and
-for `auto@3.25` or `auto:kl<=0.02` `family=NAME` and `per=layer|head`. Every part at most once.
+for `auto@3.25` or `auto:kl<=0.02` `family=NAME`, `per=layer|head` and `context=N`. Every part at most once.
 
 Named schemes are found through entry points, group `mlx_kvq_plugin.schemes`: mappings from names to scheme strings.
 Parts beside a named scheme win over its own: `turbo4v2,v=tq3` is `k=grouped4,v=tq3`.
@@ -25,7 +25,7 @@ from .plugins import load_plugin, plugin_names
 
 GROUP = "mlx_kvq_plugin.schemes"
 _TEXTS = ("compress_after", "rotation", "calibration", "sensitivity", "scaling", "family", "per")
-_INTS = ("edges", "sinks", "recent", "seed")
+_INTS = ("edges", "sinks", "recent", "seed", "context")
 _BOTH = "codec="  # no name before a "=" holds one
 _BOUND = f"{AUTO}:"  # has an equals sign of its own
 _EXAMPLE = 'write for example "tq4", "rvq1,edges=2,recent=64" or "k=tq4,v=tq2"'
@@ -136,7 +136,7 @@ def format_scheme(config: KVQConfig) -> str:
     default = KVQConfig(key=config.key, value=config.value)
     if config.frame != default.frame:
         parts.append("frame=on" if config.frame else "frame=off")
-    for name in ("edges", "sinks", "recent", "compress_after", "seed", *_TEXTS[1:]):
+    for name in ("edges", "sinks", "recent", "compress_after", "seed", *_TEXTS[1:], "context"):
         if getattr(config, name) != getattr(default, name):
             parts.append(f"{name}={getattr(config, name)}")
     return ",".join(parts)

@@ -26,6 +26,7 @@ from .kept import Identity, Kept, keep, keep_json
 from .loading import stock_caches
 from .progress import Progress, silent
 from .prompt_cache import model_fingerprint
+from .rates import family_rates
 
 VERSION = 1  # of how texts are drawn and measured: what is kept of another one is made again
 SEQUENCES, LENGTH = 8, 256  # texts, and tokens of each
@@ -50,7 +51,8 @@ def self_calibration(
 
     Args:
         model: from mlx-lm, not compressed.
-        config: of which `sinks` and `recent` tokens are taken to stay dense, and whose `family` is measured.
+        config: of which `sinks` and `recent` tokens are taken to stay dense, and whose `family` is measured, with
+            those that go on above it.
         source: folder or repository of the model, which says its first token; "" or another one draws it at random.
         layers: cache entries that it must have.
         unknown_arch, progress: as for `compress`.
@@ -62,11 +64,11 @@ def self_calibration(
         UnsupportedModelError: as `compress`.
     """
     first, fingerprint = first_token(source), model_fingerprint(model, any_float=True)
-    rates = whole_bits(config.family)
+    families = list(family_rates(config.family))
     identity = {
         **_texts_identity(model, first),
         "format": calibration_files.VERSION,
-        "codecs": [get_codec(f"{config.family}{bits}").to_json() for bits in rates],
+        "codecs": [get_codec(f"{family}{bits}").to_json() for family in families for bits in whole_bits(family)],
         "sinks": config.sinks,
         "recent": config.recent,
     }
@@ -76,7 +78,7 @@ def self_calibration(
         own = (found.fingerprint, found.sinks, found.recent, found.corpus)
         complete = (
             own == (fingerprint, config.sinks, config.recent, origin(first))
-            and all((config.family, side) in found.curves for side in SIDES)
+            and all((family, side) in found.curves for family in families for side in SIDES)
             and set(layers) <= set(found.sensitivities[GRADIENT][KEY])
         )
         return found if complete else None
@@ -86,7 +88,7 @@ def self_calibration(
             model,
             own_texts(model, first, progress),
             sampled=SAMPLED,
-            families=[config.family],
+            families=families,
             corpus=origin(first),
             config=KVQConfig(key="tq4", value="tq4", sinks=config.sinks, recent=config.recent),
             source=source,

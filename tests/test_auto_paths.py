@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from test_speculative import prompt_of, speculative
 
 import mlx_kvq_plugin as kvq
 from mlx_kvq_plugin import kept, self_calibration
+from mlx_kvq_plugin.calibration_files import load_calibration, save_calibration
 from mlx_kvq_plugin.checking import EXACT, OK, check_model
 from mlx_kvq_plugin.errors import CalibrationError, UnsupportedModelError
 from mlx_kvq_plugin.planning import adapter_of, plan_caches, plan_scheme
@@ -69,6 +71,44 @@ def test_every_way_of_using_a_cache(name: str) -> None:
     assert cells["save and load"] == EXACT and cells["single steps"] == OK
     same = {check.name: check.status in (EXACT, OK) for check in report.checks if check.scheme == "identity"}
     assert {row: status in (EXACT, OK) for row, status in cells.items()} == same  # refused where identity is
+
+
+@pytest.fixture(scope="module")
+def loud(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Any], str]:
+    """The scheme that goes by a model's self-calibration with the keys of one layer, and a whole layer, 1e5 times."""
+
+    def scheme_of(name: str, model: Any) -> str:
+        with kvq.compress(model, SCHEME) as compression:
+            (path,) = compression.maker.choice.kept
+            layers = [layer.index for layer in compression.maker.choice.layers]
+        calibration = load_calibration(path)
+        weights = {side: dict(found) for side, found in calibration.sensitivities["gradient"].items()}
+        sensitive = (("key", layers[0]), ("key", layers[1]), ("value", layers[1]))
+        for side, layer in sensitive:
+            weights[side][layer] = tuple(1e5 * weight for weight in weights[side][layer])
+        own = tmp_path_factory.mktemp("loud") / f"{name}.safetensors"
+        kinds = {**calibration.sensitivities, "gradient": weights}
+        save_calibration(own, replace(calibration, sensitivities=kinds))
+        sizes = {(c.side, c.layer): c.elements for c in calibration.components("gradient", layers)}
+        share = sum(sizes[one] for one in sensitive) / sum(sizes.values())
+        return f"auto@{4 + 12 * share:.4f},calibration={own}"
+
+    return scheme_of
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_layers_that_need_sixteen_bits(name: str, loud: Callable[[str, Any], str]) -> None:
+    """Exact keys beside coded values, and a layer that stays as mlx-lm makes it, on every path."""
+    model = MODELS[name]()
+    scheme = loud(name, model)
+    with kvq.compress(model, scheme) as compression:
+        first, second, *others = compression.maker.choice.layers
+        plans = {plan.index: plan for plan in compression.maker.plan()}
+    assert first.key == second.key == second.value == "identity" and first.value != "identity"
+    assert plans[second.index].spec is None and plans[second.index].reason == "16 bits by need"
+    assert all((layer.key, layer.value) != ("identity", "identity") for layer in others)
+    report = check_model(model, None, [scheme], tokens=tiny_models.WINDOW + 30)
+    assert report.passed, str(report)
 
 
 @pytest.mark.parametrize("draft_scheme", [SCHEME, None])

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import tiny_models
 
 import mlx_kvq_plugin as kvq
 from mlx_kvq_plugin import auto, kept, self_calibration
-from mlx_kvq_plugin.bound import ROUNDS, meet
+from mlx_kvq_plugin.bound import ROUNDS, Checked, meet
 from mlx_kvq_plugin.calibration_files import load_calibration, save_calibration
 from mlx_kvq_plugin.errors import AllocationError
 
@@ -116,6 +116,7 @@ def test_a_second_process_reads_it(filled: Any, drawn: list[str]) -> None:
         ("auto:kl<=0.02,frame=off", ["meet"]),
         ("auto:kl<=0.02,per=head", ["meet"]),
         ("auto@2,per=head", []),
+        ("auto@3.25,context=4096", []),
     ],
 )
 def test_other_settings_measure_what_depends_on_them(
@@ -279,6 +280,19 @@ def test_a_bound_out_of_reach_says_what_the_most_bits_cost() -> None:
         meet(0.0001, (GRID[0], GRID[-1]), chosen, lambda limit: 2 * chosen(limit))
 
 
+def test_a_bound_that_only_exact_caches_meet_takes_them() -> None:
+    def exact(limit: float) -> float:
+        return 0.0 if limit < GRID[0] else chosen(limit)
+
+    def measured(limit: float) -> float:
+        return 3 * exact(limit)
+
+    checked = meet(0.0001, (0.0, GRID[-1]), exact, measured)
+    assert checked.kl == 0.0 and Checked.from_json(asdict(checked)) == checked
+    with pytest.raises(AllocationError, match=r"must be at least 0\.01 nats"):
+        meet(0.0001, (0.0, GRID[-1]), exact, lambda limit: 0.01 + measured(limit))
+
+
 def test_a_bound_that_the_fewest_bits_meet_takes_them() -> None:
     checked = meet(5.0, (GRID[0], GRID[-1]), chosen, chosen)
     assert checked.limit == GRID[-1] and len(checked.rounds) == 1
@@ -323,6 +337,15 @@ def test_a_bound_by_a_calibration_is_measured_too(filled: Any, folder: Path, tmp
     assert choice.basis == "gradients of the calibration own.safetensors" and drawn == ["meet"]
     assert (choice.layers, choice.measured_kl) == (filled.layers, filled.measured_kl)
     assert [Path(path).name.split("-")[0] for path in choice.kept] == ["bound"]
+
+
+@pytest.mark.parametrize("bound", ["0.00002", "0.000000001"])
+def test_bounds_that_codes_do_not_meet_take_sixteen_bits(bound: str) -> None:
+    with pytest.raises(AllocationError, match="must be at least"):
+        choice_of(f"auto:kl<={bound},per=head")
+    choice = choice_of(f"auto:kl<={bound}")
+    assert 6.25 < choice.bits <= 16.0 and choice.measured_kl <= float(bound)
+    assert choice_of(f"auto:kl<={bound}") == choice
 
 
 def test_a_prompt_that_is_packed_late_is_measured_packed(filled: Any) -> None:

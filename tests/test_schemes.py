@@ -175,7 +175,8 @@ INTEGER = "in a scheme must be a non-negative integer, got "
 VALUE = "every part of a scheme must have a value, got "
 PARTS = (
     "parts of a scheme must be a codec or one of ('k', 'v', 'outliers', 'frame', 'compress_after', 'rotation', "
-    "'calibration', 'sensitivity', 'scaling', 'family', 'per', 'edges', 'sinks', 'recent', 'seed'), got "
+    "'calibration', 'sensitivity', 'scaling', 'family', 'per', 'edges', 'sinks', 'recent', 'seed', "
+    "'context'), got "
 )
 VALUES_BY = "values must be stored by a codec that can do them, got "
 OUTLIERS = "outliers must be asked for with tq1 to tq6, got "
@@ -337,6 +338,7 @@ def test_json_has_every_field_and_missing_ones_are_defaults() -> None:
         "scaling": "least_squares",
         "family": "tq",
         "per": "layer",
+        "context": 0,
     }
     assert KVQConfig.from_json('{"edges": 2}') == KVQConfig(edges=2)
     assert KVQConfig.from_json(json.dumps({"key": "tq3", "value": "tq3", "seed": 1})) == KVQConfig("tq3", "tq3", seed=1)

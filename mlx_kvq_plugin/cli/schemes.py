@@ -37,6 +37,7 @@ _MODIFIERS = {
     "sensitivity=gradient|activation": "what average bits are allocated by",
     "family=NAME": "codecs that auto chooses from",
     "per=layer|head": "what auto gives bits of its own",
+    "context=N": "tokens that auto@BITS counts bytes at, with newest dense tokens chosen for them (0: none)",
 }
 _ALLOCATED = {
     "auto@3.25": "codecs chosen for each layer, at these all-in bits",

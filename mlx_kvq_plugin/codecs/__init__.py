@@ -102,6 +102,7 @@ class Codec:
     values: ClassVar[bool] = True  # whether values can be stored with it, not only keys
     group: ClassVar[int] = 1  # tokens that are encoded together
     suffixes: ClassVar[tuple[str, ...]] = ("",)  # the suffixes that name a codec of the family, for messages
+    continued_by: ClassVar[str] = ""  # the family whose codecs go on above the highest rate of this one
 
     seed: int = 0
     rotation: str = HADAMARD  # of codecs that rotate (rotation.py)

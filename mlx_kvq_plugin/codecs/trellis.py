@@ -33,6 +33,7 @@ class TrellisCoded(TurboQuant):
 
     family: ClassVar[str] = "tcq"
     suffixes: ClassVar[tuple[str, ...]] = ("1", "2", "3", "4")
+    continued_by: ClassVar[str] = "tq"
 
     bits: int = 3
 
