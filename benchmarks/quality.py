@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, TEXTS, load, machine, model_path
+from common import RESULTS, TEXTS, load, machine, model_path, uncalibrated
 from texts import NAMES, tokens_of
 
 from mlx_kvq_plugin.calibration import calibrate
@@ -66,28 +67,37 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=200)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--needle", action="store_true", help="also retrieve a key from a text of 1,000 tokens")
+    parser.add_argument(
+        "--own-texts", action="store_true", help="auto goes by texts of the model's own, no calibration"
+    )
     parser.add_argument("--name", help="results go to benchmarks/results/NAME-MODEL.json (default: quality)")
     arguments = parser.parse_args()
     for name in arguments.model:
         model, tokenizer = load(name)
         schemes = arguments.schemes or ["fp16", *all_schemes(head_dim(model)), *AVERAGES, *AUTOMATIC, *VARIANTS]
-        calibrated(name, model, tokenizer, schemes)
+        source: AbstractContextManager[str] = uncalibrated(name)
+        if not arguments.own_texts:
+            calibrated(name, model, tokenizer, schemes)
+            source = nullcontext(str(model_path(name)))
         haystack = build_haystack(tokenizer, corpus_text("prose"), (0.1, 0.5, 0.9), 1000) if arguments.needle else None
         rows = []
         start = time.perf_counter()
         texts = {text: tokens_of(text, tokenizer) for text in arguments.texts}
-        for row in measure(
-            model,
-            texts,
-            schemes,
-            prefill=arguments.prefill,
-            steps=arguments.steps,
-            haystack=haystack,
-            source=str(model_path(name)),
-        ):
-            rows.append(row)
-            kl = f"KL {row.overall.kl_mean:.4f}" if row.overall is not None else row.error
-            print(f"{time.perf_counter() - start:5.0f} s {name} {row.scheme}: {row.bits:.2f} bits, {kl}", flush=True)
+        with source as folder:
+            for row in measure(
+                model,
+                texts,
+                schemes,
+                prefill=arguments.prefill,
+                steps=arguments.steps,
+                haystack=haystack,
+                source=folder,
+            ):
+                rows.append(row)
+                kl = f"KL {row.overall.kl_mean:.4f}" if row.overall is not None else row.error
+                print(
+                    f"{time.perf_counter() - start:5.0f} s {name} {row.scheme}: {row.bits:.2f} bits, {kl}", flush=True
+                )
         title = Path(name).name
         found = Measurement(title, tuple(texts), arguments.prefill, arguments.steps, machine(), "float32", tuple(rows))
         for line in table(found.rows, texts=False):
