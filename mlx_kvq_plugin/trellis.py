@@ -9,7 +9,7 @@ bits of the token (tail-biting), so no bits are spent on its state.
 
 The encoder is Viterbi's algorithm over the 256 states of the register. It runs over the last and first channels of a
 token, as neighbours, and then over all of them from and to the state that this path has at the first channel, which
-costs 2% (128 channels) to 4% (64) over the best of all states.
+costs 2% (128 channels) to 4% (64) over the best of all states (`benchmarks/trellis.py --losses`).
 
 Sources: trellis-coded quantization (Marcellin and Fischer 1990); the parities are the best of some thousand that were
 tried, levels are centroids of what the encoder chooses, as odd polynomials (`benchmarks/trellis.py` measures both).
@@ -132,12 +132,13 @@ def _path(distance: mx.array, subsets: mx.array, start: mx.array | None, end: mx
     """States `(N,)` int32 before each channel and after the last on the path of least distance.
 
     Args:
-        distance: of channels to the nearest level of each subset, `(L, subsets, N)`.
+        distance: of channels to the nearest level of each subset, `(L, subsets, N)`; sums are of its dtype.
         start, end: the first and last state `(N,)`, `None` for any.
     """
     length, _, count = distance.shape
     every = mx.arange(STATES)[:, None]
     cost = mx.zeros((STATES, count)) if start is None else mx.where(every == start, 0.0, mx.inf)
+    cost = cost.astype(distance.dtype)
     chosen = []  # of each new state, whether the old one had its oldest bit set
     for t in range(length):
         steps = mx.take(distance[t], subsets, axis=0).reshape(2, STATES // 2, 2, count)
@@ -153,12 +154,20 @@ def _path(distance: mx.array, subsets: mx.array, start: mx.array | None, end: mx
     return states[::-1]
 
 
-def _trellis_bits(z: mx.array, code: Trellis) -> mx.array:
-    """Trellis bits `(D, N)` uint8 of tokens `(D, N)` float32 of unit variance, channels in time."""
+def distances(z: mx.array, code: Trellis) -> mx.array:
+    """Squared distances of channels to the nearest level of each subset, `(D, subsets, N)`, of `(D, N)` in time."""
     levels = mx.array(_level_table(code))
-    distance = mx.square(z[:, None, None] - levels[None, :, :, None]).min(axis=1)
-    subsets = mx.array(_subset_table(code.generators).astype(np.int32))
-    around = min(AROUND, z.shape[0] // 2)
+    return mx.square(z[:, None, None] - levels[None, :, :, None]).min(axis=1)
+
+
+def subsets_of(code: Trellis) -> mx.array:
+    """Coded bits of a window, `(512,)` int32, by the oldest bit, then the state after it."""
+    return mx.array(_subset_table(code.generators).astype(np.int32))
+
+
+def trellis_bits(distance: mx.array, code: Trellis) -> mx.array:
+    """Trellis bits `(D, N)` uint8 of the path that the encoder chooses by `distances`, channels in time."""
+    subsets, around = subsets_of(code), min(AROUND, distance.shape[0] // 2)
     ends = mx.concatenate([distance[-around:], distance[:around]])
     first = _path(ends, subsets, None, None)[around]
     return mx.stack([state & 1 for state in _path(distance, subsets, first, first)[1:]]).astype(mx.uint8)
@@ -192,14 +201,20 @@ def _warn_of_plain() -> None:
     )
 
 
-def encode_plain(rows: mx.array, code: Trellis) -> tuple[mx.array, mx.array]:
-    """Trellis bits and indices `(N, D)` of tokens `(N, D)`, channels in time: the twin of all other encoders."""
-    found = [_trellis_bits(rows[i : i + _SLICE].T, code).T for i in range(0, rows.shape[0], _SLICE)]
-    bits = mx.concatenate(found) if len(found) > 1 else found[0]
+def coded_bits(bits: mx.array, code: Trellis) -> mx.array:
+    """Coded bits `(N, D)` uint8 of trellis bits `(N, D)`, channels in time."""
     coded = mx.zeros_like(bits)
     for i in range(code.coded):
         for j in code.taps(i):
             coded = coded ^ mx.roll(bits, j, -1) << i
+    return coded
+
+
+def encode_plain(rows: mx.array, code: Trellis) -> tuple[mx.array, mx.array]:
+    """Trellis bits and indices `(N, D)` of tokens `(N, D)`, channels in time: the twin of all other encoders."""
+    found = [trellis_bits(distances(rows[i : i + _SLICE].T, code), code).T for i in range(0, rows.shape[0], _SLICE)]
+    bits = mx.concatenate(found) if len(found) > 1 else found[0]
+    coded = coded_bits(bits, code)
     errors = mx.square(rows[..., None] - mx.take(mx.array(_level_table(code).T), coded.astype(mx.int32), axis=0))
     return bits, mx.argmin(errors, axis=-1).astype(mx.uint8) << code.coded | coded
 
