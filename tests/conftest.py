@@ -5,7 +5,7 @@ Also prints the table of test_conformance.py at the end of a run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -14,6 +14,7 @@ import mlx_lm
 import pytest
 
 import mlx_kvq_plugin as kvq
+from mlx_kvq_plugin import kept, self_calibration
 from mlx_kvq_plugin.cli import main
 
 TEXT = """\
@@ -75,6 +76,16 @@ def _load(name: str) -> tuple[Any, Any]:
     model.set_dtype(mx.float32)
     mx.eval(model.parameters())
     return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def auto_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For `auto` schemes of a module: a cache folder of its own, and few texts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVQ_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(self_calibration, "SEQUENCES", 2)
+        patch.setattr(kept, "_known", {})
+        yield
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +21,15 @@ from test_server import greedy, ids, in_process, sentence
 from test_speculative import prompt_of, speculative
 
 import mlx_kvq_plugin as kvq
-from mlx_kvq_plugin import kept, self_calibration
+from mlx_kvq_plugin import self_calibration
 from mlx_kvq_plugin.calibration_files import load_calibration, save_calibration
 from mlx_kvq_plugin.checking import EXACT, OK, check_model
 from mlx_kvq_plugin.errors import CalibrationError, UnsupportedModelError
 from mlx_kvq_plugin.planning import adapter_of, plan_caches, plan_scheme
 
 Run = Callable[..., tuple[int, str, str]]
+
+pytestmark = pytest.mark.usefixtures("auto_folder")
 
 SCHEME = "auto@3"
 MODELS = {
@@ -37,16 +39,6 @@ MODELS = {
     "recurrent layers": tiny_models.qwen3_next,
     "attention beside recurrence": tiny_models.falcon_h1,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache folder for the module, and short texts."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KVQ_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(self_calibration, "SEQUENCES", 2)
-        patch.setattr(kept, "_known", {})
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,7 +15,6 @@ from test_planning import held_bytes
 from test_speculative import prompt_of, speculative
 
 import mlx_kvq_plugin as kvq
-from mlx_kvq_plugin import kept, self_calibration
 from mlx_kvq_plugin.auto import choose
 from mlx_kvq_plugin.checking import EXACT, OK, check_model
 from mlx_kvq_plugin.dense_tokens import NEWEST, newest_tokens
@@ -139,18 +138,10 @@ def test_dense_tokens_never_take_the_fewest_bits_away() -> None:
 
 # ---- models ---------------------------------------------------------------------------------------------------------
 
+pytestmark = pytest.mark.usefixtures("auto_folder")
+
 SCHEME = "auto@3.25,context=8192"
 MODELS = {"llama": {144}, "llama_sliding": {16, 144}, "gemma3_text": {16, 144}, "gemma4_text": {16, 144}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache folder for the module, and short texts."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KVQ_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(self_calibration, "SEQUENCES", 2)
-        patch.setattr(kept, "_known", {})
-        yield
 
 
 def newest_of(plan: SchemePlan) -> list[int | None]:

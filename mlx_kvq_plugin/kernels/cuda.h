@@ -83,8 +83,9 @@ KVQ_FUNC kvq_uint kvq_hfma2(kvq_uint x, kvq_uint y, kvq_uint z) {
 // The low, and the high, halves of two words: (x.low, y.low), (x.high, y.high).
 KVQ_FUNC kvq_uint kvq_low_halves(kvq_uint x, kvq_uint y) { return __byte_perm(x, y, 0x5410); }
 KVQ_FUNC kvq_uint kvq_high_halves(kvq_uint x, kvq_uint y) { return __byte_perm(x, y, 0x7632); }
-// (x & mask) | (y & ~mask)
+// The high word of `high:low` shifted up by 1 to 31 bits.
 KVQ_FUNC kvq_uint kvq_funnel(kvq_uint high, kvq_uint low, int bits) { return __funnelshift_l(low, high, bits); }
+// (x & mask) | (y & ~mask)
 KVQ_FUNC kvq_uint kvq_select(kvq_uint mask, kvq_uint x, kvq_uint y) {
   kvq_uint z;
   asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(z) : "r"(mask), "r"(x), "r"(y));  // one instruction, which compilers split

@@ -21,14 +21,13 @@ KVQ_FUNC void kvq_first_steps(KVQ_GROUP_MEMORY const kvq_uint* distance, kvq_uin
 
 #define KVQ_AT_ONCE(SIDE) (KVQ_TOKENS(SIDE) < 4 ? KVQ_TOKENS(SIDE) : 4)  // tokens
 #define KVQ_DISTANCES 72  // words of a token's table: eight channels and subsets, and eight more, for other banks
-
 #define KVQ_FAR 10000.0f  // the cost of what is not to be chosen: others stay far below, sums inside of half precision
 
 struct kvq_workspace {  // of a warp
-  KVQ_GROUP_MEMORY float* tokens;     // D coordinates of each, in time
+  KVQ_GROUP_MEMORY float* tokens;       // D coordinates of each, in time
   KVQ_GROUP_MEMORY kvq_uint* distance;  // of eight channels: to the nearest level of each subset, for pairs of states
-  KVQ_GROUP_MEMORY kvq_uint* bits;    // D / 32 words of trellis bits for each of the warp's tokens
-  KVQ_GROUP_MEMORY kvq_uint* planes;  // as many words for each coded bit
+  KVQ_GROUP_MEMORY kvq_uint* bits;      // D / 32 words of trellis bits for each of the warp's tokens
+  KVQ_GROUP_MEMORY kvq_uint* planes;    // as many words for each coded bit
 };
 
 // The channel of a place in time.
